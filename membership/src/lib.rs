@@ -1,0 +1,1 @@
+//! Views: who is a member, under which generation.

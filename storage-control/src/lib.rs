@@ -1,0 +1,1 @@
+//! Devices, the gate, leases, the quorum register and fencing.
