@@ -1,1 +1,23 @@
-//! The Matrix filesystem.
+//! MFS, the Matrix filesystem: on-disk format, journal, allocation, files and directories, operations.
+//!
+//! No block is changed outside a transaction; no transaction is open while a cluster lock is awaited.
+
+pub mod alloc;
+pub mod callouts;
+pub mod data;
+pub mod dir;
+pub mod error;
+pub mod extent;
+pub mod format;
+pub mod fsck;
+pub mod fuse;
+pub mod inode;
+pub mod inode_table;
+pub mod journal;
+pub mod lock_name;
+pub mod mkfs;
+pub mod ops;
+pub mod orphan;
+pub mod recover;
+pub mod store;
+pub mod xattr;

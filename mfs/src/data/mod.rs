@@ -1,0 +1,1 @@
+//! File data: dirty pages, write-back, reads.

@@ -1,0 +1,1 @@
+//! On-disk extents and extent tree nodes.

@@ -1,0 +1,1 @@
+//! Read-only check of everything the format promises.
