@@ -1,1 +1,24 @@
-//! Devices, the gate, leases, the quorum register and fencing.
+//! Devices, the gate, leases, slots, the quorum register and fencing: everything that touches a shared disk.
+//!
+//! What always holds:
+//! - Every access of a daemon to a shared device passes a [`Gate`].
+//! - A [`FileDevice`] has exactly one descriptor; the open-file-description lock of a slot lies on it.
+//! - A quorum block is written by the owner of its slot alone, and never cleared.
+//! - Bytes read from a device are checked before they are believed; bad ones are an `Err`, never a panic.
+//!
+//! This crate decides nothing about membership: it reports what it sees as values.
+
+pub mod buf;
+mod completion;
+pub mod device;
+pub mod ids;
+pub mod mem_device;
+pub mod runtime;
+
+pub use buf::{AlignedBuf, IoSlice};
+pub use device::{Device, Durability, IoFuture};
+pub use ids::{
+    BLOCK_SIZE, BlockAddr, Clock, ClockError, Generation, Incarnation, LamportClock, MAX_NODES, NodeId,
+};
+pub use mem_device::MemDevice;
+pub use runtime::{BoxFuture, Instant, Runtime, SimRuntime, TestRuntime, WallTime, block_on};
