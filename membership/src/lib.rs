@@ -1,1 +1,17 @@
 //! Views: who is a member, under which generation.
+//!
+//! A core without clock, socket or thread: it is told what was seen, and says what to do. It never sends a
+//! block to a device, never reads a clock and never draws a random number.
+
+mod change;
+pub mod codec;
+pub mod frame;
+mod message;
+mod shards;
+mod view;
+
+pub use message::{Applicant, Message, NodeSet, Refusal};
+pub use shards::{SHARDS, ShardMap, ShardSet};
+pub use view::{
+    BadView, Candidate, FenceState, Fingerprint, MAX_JOURNALS, MAX_MEMBERS, MAX_NAME, Member, Recovery, View,
+};
