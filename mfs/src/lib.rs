@@ -21,3 +21,6 @@ pub mod orphan;
 pub mod recover;
 pub mod store;
 pub mod xattr;
+
+pub use error::FsError;
+pub use lock_name::LockName;
