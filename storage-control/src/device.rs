@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use crate::buf::{AlignedBuf, IoSlice};
 use crate::ids::{BLOCK_SIZE, BlockAddr};
@@ -22,6 +23,25 @@ pub enum Durability {
     Stable,
 }
 
+/// A request, as fault injectors and submit guards see it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// A read of that many blocks.
+    Read(BlockAddr, usize),
+    /// A write of that many blocks.
+    Write(BlockAddr, usize, Durability),
+    /// A flush.
+    Flush,
+}
+
+/// Asked immediately before a request goes to the operating system, in the thread that submits it.
+pub trait SubmitGuard: Send + Sync {
+    /// An error keeps the request from being submitted and becomes its result.
+    fn admit(&self, request: Request) -> io::Result<()>;
+    /// An admitted request is over: nothing of it is left in this machine. Called once for each.
+    fn finished(&self);
+}
+
 /// A device of blocks, shared with other nodes. Requests start when the method is called; two requests that
 /// are under way at the same time have no order.
 pub trait Device: Send + Sync {
@@ -33,6 +53,12 @@ pub trait Device: Send + Sync {
     fn write(&self, at: BlockAddr, data: Vec<IoSlice>, durability: Durability) -> IoFuture<()>;
     /// Makes every write that completed before this call stable.
     fn flush(&self) -> IoFuture<()>;
+    /// The same device with `guard` asked as late as possible, where requests wait in a queue of their own
+    /// before they are submitted. `None`: they do not, and the caller asks the guard itself.
+    fn guarded(&self, guard: &Arc<dyn SubmitGuard>) -> Option<Arc<dyn Device>> {
+        let _ = guard;
+        None
+    }
 }
 
 /// An already known result.

@@ -11,14 +11,21 @@
 pub mod buf;
 mod completion;
 pub mod device;
+pub mod file_device;
+pub mod gate;
 pub mod ids;
+pub mod medium;
 pub mod mem_device;
 pub mod runtime;
+mod sys;
 
 pub use buf::{AlignedBuf, IoSlice};
-pub use device::{Device, Durability, IoFuture};
+pub use device::{Device, Durability, IoFuture, Request, SubmitGuard};
+pub use file_device::{FileDevice, FileIdentity, OpenAs, OpenError, StableBy};
+pub use gate::{CloseReason, Gate, GateRefused, GateStats};
 pub use ids::{
     BLOCK_SIZE, BlockAddr, Clock, ClockError, Generation, Incarnation, LamportClock, MAX_NODES, NodeId,
 };
+pub use medium::{Medium, WriteLife};
 pub use mem_device::MemDevice;
 pub use runtime::{BoxFuture, Instant, Runtime, SimRuntime, TestRuntime, WallTime, block_on};

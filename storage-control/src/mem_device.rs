@@ -12,22 +12,11 @@ use parking_lot::Mutex;
 
 use crate::buf::{AlignedBuf, IoSlice};
 use crate::completion::completion;
-use crate::device::{Device, Durability, IoFuture, check_read, check_write, ready};
+use crate::device::{Device, Durability, IoFuture, Request, SubmitGuard, check_read, check_write, ready};
 use crate::ids::{BLOCK_SIZE, BlockAddr};
 
 type Block = Arc<[u8; BLOCK_SIZE]>;
 type Blocks = HashMap<u64, Block>;
-
-/// A request as the fault injector sees it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Request {
-    /// A read of that many blocks.
-    Read(BlockAddr, usize),
-    /// A write of that many blocks.
-    Write(BlockAddr, usize, Durability),
-    /// A flush.
-    Flush,
-}
 
 /// What the fault injector decides.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,6 +64,8 @@ pub struct Image {
 }
 
 type HeldWork = Box<dyn FnOnce(&Shared) + Send>;
+/// Writes only the first so many blocks.
+type Tear = Box<dyn FnOnce(&Shared, usize)>;
 type Injector = Arc<dyn Fn(Request) -> Fault + Send + Sync>;
 
 #[derive(Default)]
@@ -98,6 +89,7 @@ struct Shared {
 #[derive(Clone)]
 pub struct MemDevice {
     shared: Arc<Shared>,
+    guard: Option<Arc<dyn SubmitGuard>>,
 }
 
 impl MemDevice {
@@ -118,6 +110,7 @@ impl MemDevice {
                 held: Mutex::new(Vec::new()),
                 reads: AtomicU64::new(0),
             }),
+            guard: None,
         }
     }
 
@@ -231,12 +224,51 @@ impl MemDevice {
         injector.map_or(Fault::None, |injector| injector(request))
     }
 
-    /// Keeps `work` back; it is carried out on release even if nobody waits for it any more.
-    fn hold<T: Send + 'static>(&self, work: impl FnOnce(&Shared) -> T + Send + 'static) -> IoFuture<T> {
-        let (completer, completion) = completion();
-        let work = move |shared: &Shared| completer.complete(Ok(work(shared)));
-        self.shared.held.lock().push(Box::new(work));
-        Box::pin(completion)
+    /// Carries a request out, fails it or keeps it back, as the guard and the fault injector say. A held
+    /// request was admitted already: it stands for a write that the device has accepted.
+    fn request<T: Send + 'static>(
+        &self,
+        request: Request,
+        tear: Option<Tear>,
+        work: impl FnOnce(&Shared) -> T + Send + 'static,
+    ) -> IoFuture<T> {
+        if let Some(guard) = &self.guard
+            && let Err(error) = guard.admit(request)
+        {
+            return ready(Err(error));
+        }
+        let finished = Finished(self.guard.clone());
+        match self.fault(request) {
+            Fault::None => ready(Ok(work(&self.shared))),
+            Fault::Errno(errno) => ready(Err(io::Error::from_raw_os_error(errno))),
+            Fault::Torn(landed) => {
+                if let Some(tear) = tear {
+                    tear(&self.shared, landed);
+                }
+                ready(Err(io::Error::from_raw_os_error(libc::EIO)))
+            }
+            Fault::Hold => {
+                let (completer, completion) = completion();
+                let work = move |shared: &Shared| {
+                    let result = work(shared);
+                    drop(finished);
+                    completer.complete(Ok(result));
+                };
+                self.shared.held.lock().push(Box::new(work));
+                Box::pin(completion)
+            }
+        }
+    }
+}
+
+/// Tells the guard that an admitted request is over.
+struct Finished(Option<Arc<dyn SubmitGuard>>);
+
+impl Drop for Finished {
+    fn drop(&mut self) {
+        if let Some(guard) = &self.0 {
+            guard.finished();
+        }
     }
 }
 
@@ -293,10 +325,6 @@ fn gather(data: &[IoSlice]) -> Vec<Block> {
     blocks.map(|bytes| Arc::new(bytes.try_into().expect("a chunk is one block"))).collect()
 }
 
-fn eio() -> io::Error {
-    io::Error::from_raw_os_error(libc::EIO)
-}
-
 impl Device for MemDevice {
     fn blocks(&self) -> u64 {
         self.shared.blocks
@@ -306,12 +334,7 @@ impl Device for MemDevice {
         if let Err(error) = check_read(self.shared.blocks, at, blocks) {
             return ready(Err(error));
         }
-        match self.fault(Request::Read(at, blocks)) {
-            Fault::None => ready(Ok(self.shared.read(at, blocks))),
-            Fault::Errno(errno) => ready(Err(io::Error::from_raw_os_error(errno))),
-            Fault::Torn(_) => ready(Err(eio())),
-            Fault::Hold => self.hold(move |shared| shared.read(at, blocks)),
-        }
+        self.request(Request::Read(at, blocks), None, move |shared| shared.read(at, blocks))
     }
 
     fn write(&self, at: BlockAddr, data: Vec<IoSlice>, durability: Durability) -> IoFuture<()> {
@@ -319,32 +342,22 @@ impl Device for MemDevice {
             Ok(blocks) => blocks,
             Err(error) => return ready(Err(error)),
         };
-        let mut contents = gather(&data);
-        match self.fault(Request::Write(at, blocks, durability)) {
-            Fault::None => {
-                self.shared.write(at, contents, durability);
-                ready(Ok(()))
-            }
-            Fault::Errno(errno) => ready(Err(io::Error::from_raw_os_error(errno))),
-            Fault::Torn(landed) => {
-                contents.truncate(landed);
-                self.shared.write(at, contents, durability);
-                ready(Err(eio()))
-            }
-            Fault::Hold => self.hold(move |shared| shared.write(at, contents, durability)),
-        }
+        let contents = gather(&data);
+        let torn = contents.clone();
+        let tear = move |shared: &Shared, landed| {
+            shared.write(at, torn.into_iter().take(landed).collect(), durability);
+        };
+        self.request(Request::Write(at, blocks, durability), Some(Box::new(tear)), move |shared| {
+            shared.write(at, contents, durability);
+        })
     }
 
     fn flush(&self) -> IoFuture<()> {
-        match self.fault(Request::Flush) {
-            Fault::None => {
-                self.shared.flush();
-                ready(Ok(()))
-            }
-            Fault::Errno(errno) => ready(Err(io::Error::from_raw_os_error(errno))),
-            Fault::Torn(_) => ready(Err(eio())),
-            Fault::Hold => self.hold(Shared::flush),
-        }
+        self.request(Request::Flush, None, Shared::flush)
+    }
+
+    fn guarded(&self, guard: &Arc<dyn SubmitGuard>) -> Option<Arc<dyn Device>> {
+        Some(Arc::new(MemDevice { guard: Some(Arc::clone(guard)), ..self.clone() }))
     }
 }
 
