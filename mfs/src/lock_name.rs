@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use dlm::Resource;
+
 use crate::format::superblock::Geometry;
 
 /// The cluster's lock shards; a group's shard is its number modulo this.
@@ -80,6 +82,16 @@ impl LockName {
             LockName::Inode(n) | LockName::Open(n) => geometry.group_index_or_zero(n),
         };
         (group % SHARDS) as u16
+    }
+
+    /// The resource the lock manager knows it by.
+    pub fn resource(self, geometry: &Geometry) -> Resource {
+        Resource { shard: self.shard(geometry), kind: self.kind(), number: self.number(), part: 0 }
+    }
+
+    /// The name behind a resource of ours.
+    pub fn from_resource(resource: &Resource) -> Option<LockName> {
+        LockName::from_parts(resource.kind, resource.number)
     }
 }
 
