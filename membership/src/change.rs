@@ -50,6 +50,7 @@ impl View {
 
     /// Records a former that stopped half-way: it may still be replaying, so it is fenced like a member.
     pub(crate) fn exclude_former(&mut self, former: Candidate) {
+        self.past.insert(former.node, former.incarnation);
         if self.recovery(former.node, former.incarnation).is_none() {
             self.recoveries.push(Recovery {
                 node: former.node,
@@ -71,6 +72,7 @@ impl View {
 
     /// Lets a node in, under a clean journal.
     pub(crate) fn admit(&mut self, member: Member) {
+        self.past.insert(member.node, member.incarnation);
         self.members.insert(member.node, member);
         self.deal();
     }
@@ -107,7 +109,10 @@ impl View {
             if recovery.state == FenceState::FencePending || recovery.failed {
                 continue;
             }
-            let settled = recovery.replayer.is_some_and(|who| replayers.contains(&who) || pending.contains(&who));
+            let may_write = |who: (NodeId, Incarnation)| {
+                replayers.contains(&who) || pending.contains(&who) || self.is_member(who.0, who.1)
+            };
+            let settled = recovery.replayer.is_some_and(may_write);
             if settled {
                 continue;
             }
@@ -159,7 +164,8 @@ mod tests {
     #[test]
     fn a_dead_replayers_recoveries_wait_for_its_own_fence() {
         let mut view = three();
-        let (a, b, c) = ((NodeId(0), Incarnation(1)), (NodeId(1), Incarnation(1)), (NodeId(2), Incarnation(1)));
+        let (a, b, c) =
+            ((NodeId(0), Incarnation(1)), (NodeId(1), Incarnation(1)), (NodeId(2), Incarnation(1)));
         view.exclude(&[NodeId(2)].into());
         view.confirm_fence(c.0, c.1);
         view.assign_replayers(&[b, a]);
@@ -171,6 +177,19 @@ mod tests {
         view.assign_replayers(&[a]);
         assert!(view.recoveries.iter().all(|r| r.replayer == Some(a)));
         view.check().expect("a view");
+    }
+
+    /// A seed of the simulation had a node that was about to leave lose its replay to another while it still wrote.
+    #[test]
+    fn a_leaving_replayer_keeps_its_replay() {
+        let mut view = three();
+        let (a, b, c) =
+            ((NodeId(0), Incarnation(1)), (NodeId(1), Incarnation(1)), (NodeId(2), Incarnation(1)));
+        view.exclude(&[NodeId(2)].into());
+        view.confirm_fence(c.0, c.1);
+        view.assign_replayers(&[b, a]);
+        view.assign_replayers(&[a]);
+        assert_eq!(view.recoveries[0].replayer, Some(b));
     }
 
     #[test]

@@ -29,7 +29,8 @@ pub enum CodecError {
 
 fn to_bytes<T: Serialize, const LIMIT: usize>(mut bytes: Vec<u8>, value: &T) -> Vec<u8> {
     let config = bincode::config::standard().with_limit::<LIMIT>();
-    bincode::serde::encode_into_std_write(value, &mut bytes, config).expect("our own values are within the limits");
+    bincode::serde::encode_into_std_write(value, &mut bytes, config)
+        .expect("our own values are within the limits");
     bytes
 }
 

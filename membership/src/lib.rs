@@ -5,11 +5,16 @@
 
 mod change;
 pub mod codec;
+mod core;
 pub mod frame;
 mod message;
 mod shards;
+pub mod times;
 mod view;
 
+pub use self::core::{
+    CasOutcome, CloseReason, Input, Membership, Notice, Output, Phase, SlotSeen, Snapshot, Standing,
+};
 pub use message::{Applicant, Message, NodeSet, Refusal};
 pub use shards::{SHARDS, ShardMap, ShardSet};
 pub use view::{

@@ -67,10 +67,14 @@ pub struct Applicant {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Refusal {
     /// The key in the request, in the connection and in the slot are not one and the same.
-    #[error("the key is not the one published in the node's slot: another daemon uses this slot, or the request is forged")]
+    #[error(
+        "the key is not the one published in the node's slot: another daemon uses this slot, or the request is forged"
+    )]
     WrongKey,
     /// The applicant's register is not ours: a clone, a snapshot, or a rolled-back device.
-    #[error("the node's view of the disk has generation {theirs}, this matrix {ours}: not the same disk, or an old copy of it")]
+    #[error(
+        "the node's view of the disk has generation {theirs}, this matrix {ours}: not the same disk, or an old copy of it"
+    )]
     WrongGeneration {
         /// What the applicant read.
         theirs: Generation,
@@ -106,6 +110,9 @@ pub enum Refusal {
     /// The one asked is not the ADM. Try again.
     #[error("the node asked is not the ADM")]
     NotAdm,
+    /// This incarnation was a member before.
+    #[error("this start of the daemon was a member and was excluded: start it again")]
+    Ended,
 }
 
 impl Refusal {
@@ -119,6 +126,7 @@ impl Refusal {
             | Refusal::UnknownVersion { .. }
             | Refusal::FormerFailed(_)
             | Refusal::NoJournal(_)
+            | Refusal::Ended
             | Refusal::NameTaken(_) => false,
         }
     }
@@ -201,7 +209,9 @@ impl Message {
     pub fn check(&self) -> Result<(), BadView> {
         match self {
             Message::Register { view, .. } => view.check(),
-            Message::Join { applicant, .. } if applicant.name.len() > MAX_NAME => Err(BadView("too long a name")),
+            Message::Join { applicant, .. } if applicant.name.len() > MAX_NAME => {
+                Err(BadView("too long a name"))
+            }
             Message::Join { applicant, .. } if usize::from(applicant.node.0) >= MAX_MEMBERS => {
                 Err(BadView("a node number past the last slot"))
             }

@@ -142,11 +142,7 @@ fn quotas(have: &BTreeMap<NodeId, usize>) -> BTreeMap<NodeId, usize> {
     let (each, over) = (SHARDS / have.len(), SHARDS % have.len());
     let mut by_most: Vec<(NodeId, usize)> = have.iter().map(|(node, had)| (*node, *had)).collect();
     by_most.sort_by_key(|(node, had)| (std::cmp::Reverse(*had), *node));
-    by_most
-        .into_iter()
-        .enumerate()
-        .map(|(rank, (node, _))| (node, each + usize::from(rank < over)))
-        .collect()
+    by_most.into_iter().enumerate().map(|(rank, (node, _))| (node, each + usize::from(rank < over))).collect()
 }
 
 /// Weighted turns: every node is named as often as it needs, spread as evenly as can be.

@@ -3,6 +3,7 @@
 //! Always (checked by [`View::check`] on every body read and every body written):
 //! - every journal that exists is used by one member, or waits for one recovery, or is clean: never two of these;
 //! - an incarnation is in recovery at most once, and no node with an open recovery is a member;
+//! - an incarnation that was let in once is in `past` for good, and is never let in again;
 //! - the ADM is a member wherever there are members, and each of them masters its share of the shards;
 //! - a change of members, shards or ADM is a new generation; progress of a fence or replay is not.
 
@@ -100,6 +101,9 @@ pub struct View {
     pub recoveries: Vec<Recovery>,
     /// How many journals exist: numbers below are made.
     pub journals: u16,
+    /// The last incarnation of each node that was a member or a former. One that was stopped while it was admitted,
+    /// excluded and recovered learns here that its time is over.
+    pub past: BTreeMap<NodeId, Incarnation>,
 }
 
 /// Why bytes that decode are still no view.
@@ -119,6 +123,7 @@ impl View {
             shards: ShardMap::all_to(NodeId(0)),
             recoveries: Vec::new(),
             journals,
+            past: BTreeMap::new(),
         }
     }
 
@@ -135,6 +140,11 @@ impl View {
     /// Whether exactly this incarnation is a member.
     pub fn is_member(&self, node: NodeId, incarnation: Incarnation) -> bool {
         self.member(node).is_some_and(|member| member.incarnation == incarnation)
+    }
+
+    /// Whether this incarnation, or a later one of the node, was ever let in.
+    pub fn was_in(&self, node: NodeId, incarnation: Incarnation) -> bool {
+        self.past.get(&node).is_some_and(|last| *last >= incarnation)
     }
 
     /// The open recovery of exactly this incarnation.
@@ -163,6 +173,11 @@ impl View {
         if self.members.len() > MAX_MEMBERS || self.recoveries.len() > MAX_MEMBERS {
             return bad("more nodes than slots");
         }
+        if self.past.len() > MAX_MEMBERS
+            || self.members.values().any(|m| self.past.get(&m.node) != Some(&m.incarnation))
+        {
+            return bad("a member that is not the last of its node");
+        }
         if self.journals > MAX_JOURNALS {
             return bad("more journals than can be");
         }
@@ -181,7 +196,8 @@ impl View {
             return bad("a member under another's number, or with too long a name");
         }
         let mut journals = BTreeSet::new();
-        let used = self.members.values().map(|m| m.journal).chain(self.recoveries.iter().filter_map(|r| r.journal));
+        let used =
+            self.members.values().map(|m| m.journal).chain(self.recoveries.iter().filter_map(|r| r.journal));
         for journal in used {
             if journal >= self.journals || !journals.insert(journal) {
                 return bad("a journal that does not exist or has two uses");
@@ -189,7 +205,9 @@ impl View {
         }
         let mut dead = BTreeSet::new();
         for recovery in &self.recoveries {
-            if self.members.contains_key(&recovery.node) || !dead.insert((recovery.node, recovery.incarnation)) {
+            if self.members.contains_key(&recovery.node)
+                || !dead.insert((recovery.node, recovery.incarnation))
+            {
                 return bad("a node in recovery twice, or member as well");
             }
         }

@@ -1,0 +1,568 @@
+//! The membership core of one node.
+//!
+//! Always:
+//! - What the register says is true; everything else is a hint. Nothing is installed, fenced or replayed that is
+//!   not committed in the register.
+//! - At most one compare-and-set or read of the register is under way, and a compare-and-set is made from the newest
+//!   content known.
+//! - A node that knows a content of the register without itself, having been a member, stops for good.
+//! - What to do follows from the state, not from the history: every step compares what the register says with what
+//!   is known, and asks for the difference. A lost message or answer is asked for again.
+
+mod administer;
+mod clique;
+mod election;
+mod io;
+mod outside;
+mod watch;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use storage_control::{Incarnation, Instant, NodeId};
+
+pub use io::{CasOutcome, CloseReason, Input, Notice, Output, Phase, Snapshot};
+pub use watch::{SlotSeen, Standing};
+
+use crate::message::{Applicant, Message, NodeSet, Refusal};
+use crate::times::{HEARTBEAT_MS, ms};
+use crate::view::{FenceState, View};
+use election::Election;
+use watch::{Judgement, Watch};
+
+/// One start of one node's daemon.
+pub(crate) type Who = (NodeId, Incarnation);
+
+/// Work that was asked for and may be answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Work {
+    UnderWay,
+    Done,
+    Failed { why: String, at: Instant },
+}
+
+/// The register, from this node's side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RegisterUse {
+    Idle,
+    Reading,
+    Writing,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lease {
+    Held,
+    /// Lapsed; the read that decides has not begun.
+    Lapsed,
+    /// Lapsed; the read that decides is under way.
+    Deciding,
+}
+
+/// An applicant and what it asked with.
+#[derive(Clone, Debug)]
+struct Application {
+    applicant: Applicant,
+    version: u16,
+    generation: storage_control::Generation,
+    healthy: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Membership {
+    me: Applicant,
+    slots: u16,
+    now: Instant,
+    phase: Phase,
+    watch: Watch,
+    /// The newest content of the register known to be committed.
+    register: Option<(u64, Arc<View>)>,
+    register_use: RegisterUse,
+    /// Under way: what the compare-and-set would make of the register.
+    writing: Option<Arc<View>>,
+    must_read: bool,
+    lease: Lease,
+    /// The content last shown to the daemon, with this node in it.
+    shown: Option<Arc<View>>,
+    fences: BTreeMap<Who, Work>,
+    replays: BTreeMap<Who, Work>,
+    journal: Option<(u16, Work)>,
+    applications: BTreeMap<NodeId, Application>,
+    leavers: BTreeSet<Who>,
+    election: Election,
+    probed: BTreeSet<Who>,
+    refused_for_generation: u32,
+    last_notice: Option<Notice>,
+    next_beat: Instant,
+    next_ask: Instant,
+    out: VecDeque<Output>,
+}
+
+impl Membership {
+    /// The core of a node that has claimed its slot, on a device with this many slots.
+    pub fn new(me: Applicant, slots: u16, now: Instant) -> Membership {
+        Membership {
+            watch: Watch::new(me.node),
+            me,
+            slots,
+            now,
+            phase: Phase::Starting,
+            register: None,
+            register_use: RegisterUse::Idle,
+            writing: None,
+            must_read: true,
+            lease: Lease::Held,
+            shown: None,
+            fences: BTreeMap::new(),
+            replays: BTreeMap::new(),
+            journal: None,
+            applications: BTreeMap::new(),
+            leavers: BTreeSet::new(),
+            election: Election::default(),
+            probed: BTreeSet::new(),
+            refused_for_generation: 0,
+            last_notice: None,
+            next_beat: now,
+            next_ask: now,
+            out: VecDeque::new(),
+        }
+    }
+
+    /// Takes in what happened; what to do about it comes from [`Membership::poll`].
+    pub fn handle(&mut self, now: Instant, input: Input) {
+        self.now = now;
+        if self.phase == Phase::Over {
+            return;
+        }
+        self.watch.step(now);
+        self.take(input);
+        if self.phase != Phase::Over {
+            self.step();
+        }
+    }
+
+    /// The next thing to do. To be called until there is none, after every input.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    /// What this node publishes in its slot: whom it hears, and whether it is well.
+    pub fn publication(&self) -> (NodeSet, bool) {
+        (self.watch.hearing(self.now), self.watch.healthy(self.now))
+    }
+
+    /// Whom this node wants to be connected with: all members, or the ADM while it is outside.
+    pub fn peers(&self) -> Vec<crate::view::Member> {
+        let Some((_, view)) = &self.register else { return Vec::new() };
+        let wanted = |node: NodeId| match self.phase {
+            Phase::Starting | Phase::Over => false,
+            Phase::Outside => node == view.adm,
+            Phase::Member | Phase::Leaving => true,
+        };
+        view.members.values().filter(|m| m.node != self.me.node && wanted(m.node)).cloned().collect()
+    }
+
+    /// Where this node stands.
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// The newest content of the register known to be committed, with its sequence.
+    pub fn register(&self) -> Option<&(u64, Arc<View>)> {
+        self.register.as_ref()
+    }
+
+    /// The state, for people.
+    pub fn snapshot(&mut self) -> Snapshot {
+        let view = self.register.as_ref().map(|(_, view)| Arc::clone(view));
+        let standings = view.iter().flat_map(|view| view.members.values());
+        let standings = standings
+            .filter(|member| member.node != self.me.node)
+            .map(|member| (member.node, self.watch.standing(self.now, member.node, member.incarnation)))
+            .collect();
+        let judgement = view.as_ref().map(|view| self.watch.judge(self.now, view)).unwrap_or_default();
+        let coordinator = view.and_then(|view| coordinator(&view, &judgement));
+        Snapshot { phase: self.phase.clone(), register: self.register.clone(), standings, coordinator }
+    }
+
+    fn who(&self) -> Who {
+        (self.me.node, self.me.incarnation)
+    }
+
+    fn send(&mut self, to: NodeId, message: Message) {
+        self.out.push_back(Output::Send { to, message });
+    }
+
+    /// Says something once, until something else is to be said.
+    fn notice(&mut self, notice: Notice) {
+        if self.last_notice.as_ref() != Some(&notice) {
+            self.last_notice = Some(notice.clone());
+            self.out.push_back(Output::Notice(notice));
+        }
+    }
+
+    fn end(&mut self, output: Output) {
+        self.phase = Phase::Over;
+        self.out.push_back(output);
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.now;
+        match input {
+            Input::CasDone(outcome) => self.cas_done(outcome),
+            Input::RegisterRead(read) => self.register_read(read),
+            Input::Slots(slots) => self.watch.slots(now, slots),
+            Input::RegisterMoved => self.must_read = true,
+            Input::Connected { node, incarnation } => {
+                self.watch.connected(now, node, incarnation);
+                // An applicant asks at once; a member answers with what it knows.
+                self.next_ask = now;
+                self.next_beat = now;
+            }
+            Input::Disconnected { node, incarnation } => {
+                if self.watch.disconnected(node, incarnation) {
+                    self.out.push_back(Output::Probe { node, incarnation });
+                }
+            }
+            Input::Received { node, incarnation, message } => {
+                if self.watch.is_connected(node, incarnation) {
+                    self.watch.heard(now, node);
+                    self.received((node, incarnation), message);
+                }
+            }
+            Input::ProvenDead { node, incarnation } => {
+                self.watch.proven_dead(node, incarnation);
+                self.next_ask = now;
+            }
+            Input::FenceDone { node, incarnation, result } => {
+                if let Err(why) = &result {
+                    self.notice(Notice::FenceFailed { node, incarnation, why: why.clone() });
+                }
+                self.fences.insert((node, incarnation), Work::ended(result, now));
+            }
+            Input::ReplayDone { node, incarnation, result } => {
+                self.replays.insert((node, incarnation), Work::ended(result, now));
+                self.next_ask = now;
+            }
+            Input::JournalMade { index, result } => self.journal = Some((index, Work::ended(result, now))),
+            Input::LeaseLapsed => {
+                if self.lease == Lease::Held {
+                    self.lease = Lease::Lapsed;
+                    self.must_read = true;
+                }
+            }
+            Input::Leave => match self.phase {
+                Phase::Member => self.phase = Phase::Leaving,
+                // Not admitted: nothing to give back but the slot.
+                Phase::Starting | Phase::Outside => self.end(Output::Left),
+                Phase::Leaving | Phase::Over => {}
+            },
+            Input::Tick => {}
+        }
+    }
+
+    fn cas_done(&mut self, outcome: CasOutcome) {
+        self.register_use = RegisterUse::Idle;
+        let written = self.writing.take();
+        match (outcome, written) {
+            (CasOutcome::Committed(sequence), Some(view)) => {
+                self.adopt(sequence, Arc::clone(&view));
+                self.tell(sequence, &view);
+            }
+            (CasOutcome::Conflict(sequence, view), _) => self.adopt(sequence, view),
+            (CasOutcome::Unknown | CasOutcome::Committed(_), _) => self.must_read = true,
+        }
+    }
+
+    /// Shows a committed content to everybody connected; whom it excludes as well.
+    fn tell(&mut self, sequence: u64, view: &Arc<View>) {
+        let connected: Vec<NodeId> = self
+            .watch
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.connected.is_some())
+            .map(|(node, _)| *node)
+            .collect();
+        for node in connected {
+            self.send(node, Message::Register { sequence, view: Box::new(View::clone(view)) });
+        }
+    }
+
+    fn register_read(&mut self, read: Option<(u64, Arc<View>)>) {
+        self.register_use = RegisterUse::Idle;
+        let Some((sequence, view)) = read else {
+            self.must_read = true;
+            if self.lease == Lease::Deciding {
+                self.lease = Lease::Lapsed;
+            }
+            return;
+        };
+        self.adopt(sequence, view);
+        if self.lease == Lease::Deciding && self.phase != Phase::Over {
+            self.lease = Lease::Held;
+            self.out.push_back(Output::ReviveLease);
+        }
+    }
+
+    fn received(&mut self, from: Who, message: Message) {
+        let (node, incarnation) = from;
+        match message {
+            Message::Heartbeat { sequence, .. } => self.compare(from, sequence),
+            Message::Join { applicant, version, generation, healthy } => {
+                if (applicant.node, applicant.incarnation) == from {
+                    self.applications.insert(node, Application { applicant, version, generation, healthy });
+                } else {
+                    self.send(node, Message::Refused(Refusal::WrongKey));
+                }
+            }
+            Message::Refused(refusal) => self.refused(node, refusal),
+            Message::Register { sequence, view } => {
+                // From a member as far as we know; a newer member's word waits for our own look at the register.
+                if self.view().is_some_and(|known| known.is_member(node, incarnation)) {
+                    self.adopt(sequence, Arc::new(*view));
+                } else {
+                    self.must_read = true;
+                }
+            }
+            Message::Leave => {
+                self.leavers.insert(from);
+            }
+            Message::Dead { node, incarnation } => {
+                // Only a member's word counts, and never against ourselves: the register would tell us.
+                if self.view().is_some_and(|view| view.is_member(from.0, from.1)) && node != self.me.node {
+                    self.watch.proven_dead(node, incarnation);
+                }
+            }
+            Message::Replayed { node, incarnation, failure } => {
+                let named = self.view().and_then(|view| view.recovery(node, incarnation)?.replayer);
+                if named == Some(from) {
+                    let result = failure.map_or(Ok(()), Err);
+                    self.replays.insert((node, incarnation), Work::ended(result, self.now));
+                }
+            }
+            Message::Nominate { generation } => self.election.nominated = Some(generation),
+            Message::Elected { generation } => self.election.elected = Some((node, incarnation, generation)),
+            Message::Permit { generation } => self.election.permit = Some(generation),
+            Message::Undo { generation } => self.election.undo = Some(generation),
+        }
+    }
+
+    /// A peer said what it knows of the register.
+    fn compare(&mut self, from: Who, theirs: u64) {
+        let Some((ours, view)) = self.register.clone() else { return };
+        if theirs > ours {
+            self.must_read = true;
+        } else if theirs < ours && view.adm == self.me.node {
+            self.send(from.0, Message::Register { sequence: ours, view: Box::new(View::clone(&view)) });
+        }
+    }
+
+    fn view(&self) -> Option<&Arc<View>> {
+        self.register.as_ref().map(|(_, view)| view)
+    }
+
+    /// Takes a committed content of the register, shows the daemon what is new in it.
+    fn adopt(&mut self, sequence: u64, view: Arc<View>) {
+        if self.register.as_ref().is_some_and(|(known, _)| *known >= sequence) {
+            return;
+        }
+        self.register = Some((sequence, Arc::clone(&view)));
+        self.forget_settled(&view);
+        let member = view.is_member(self.me.node, self.me.incarnation);
+        let excluded = view.recovery(self.me.node, self.me.incarnation).is_some();
+        let over = !member && view.was_in(self.me.node, self.me.incarnation);
+        match self.phase {
+            Phase::Leaving if !member && !excluded => return self.end(Output::Left),
+            Phase::Member | Phase::Leaving if !member => {
+                return self.end(Output::CloseGate(CloseReason::Excluded(view.generation)));
+            }
+            Phase::Starting | Phase::Outside if over => {
+                return self.end(Output::CloseGate(CloseReason::Excluded(view.generation)));
+            }
+            Phase::Starting | Phase::Outside if member => self.phase = Phase::Member,
+            Phase::Starting => self.phase = Phase::Outside,
+            Phase::Outside | Phase::Member | Phase::Leaving | Phase::Over => {}
+        }
+        if member {
+            self.show(view);
+        }
+    }
+
+    /// Tells the daemon what changed since it was last told.
+    fn show(&mut self, view: Arc<View>) {
+        let before = self.shown.replace(Arc::clone(&view));
+        if before.as_ref().is_none_or(|before| before.generation != view.generation) {
+            self.out.push_back(Output::InstallView(Arc::clone(&view)));
+        }
+        let Some(before) = before else { return };
+        let stopped = |view: &View, who: Who| {
+            let pending = view.recovery(who.0, who.1).is_some_and(|r| r.state == FenceState::FencePending);
+            !pending && !view.is_member(who.0, who.1)
+        };
+        let open =
+            |view: &View, who: Who| view.recovery(who.0, who.1).is_some() || view.is_member(who.0, who.1);
+        let known = before.members.values().map(|member| (member.node, member.incarnation));
+        let known: Vec<Who> =
+            known.chain(before.recoveries.iter().map(|r| (r.node, r.incarnation))).collect();
+        for &(node, incarnation) in &known {
+            let who = (node, incarnation);
+            if !stopped(&before, who) && stopped(&view, who) {
+                self.out.push_back(Output::Fenced { node, incarnation });
+            }
+        }
+        for &(node, incarnation) in known.iter().filter(|who| !open(&view, **who)) {
+            self.out.push_back(Output::Recovered { node, incarnation });
+        }
+        for recovery in view.recoveries.iter().filter(|r| r.failed) {
+            let (node, incarnation) = (recovery.node, recovery.incarnation);
+            if before.recovery(node, incarnation).is_none_or(|r| !r.failed) {
+                let why = match self.replays.get(&(node, incarnation)) {
+                    Some(Work::Failed { why, .. }) => why.clone(),
+                    _ => String::from("the replayer reported a failure"),
+                };
+                self.out.push_back(Output::Notice(Notice::ReplayFailed { node, incarnation, why }));
+            }
+        }
+    }
+
+    /// Drops notes about what the register has settled.
+    fn forget_settled(&mut self, view: &View) {
+        self.fences.retain(|who, _| view.recovery(who.0, who.1).is_some());
+        self.replays.retain(|who, _| view.recovery(who.0, who.1).is_some());
+        self.leavers.retain(|who| view.is_member(who.0, who.1));
+        self.applications.retain(|_, a| !view.is_member(a.applicant.node, a.applicant.incarnation));
+        if self.journal.as_ref().is_some_and(|(index, _)| *index < view.journals) {
+            self.journal = None;
+        }
+        self.election.adopted(view, self.now);
+    }
+
+    fn step(&mut self) {
+        if let Some(view) = self.view().cloned() {
+            let judgement = match self.phase {
+                Phase::Member | Phase::Leaving => self.watch.judge(self.now, &view),
+                Phase::Starting | Phase::Outside | Phase::Over => Judgement::default(),
+            };
+            match self.phase {
+                Phase::Outside => self.outside(&view),
+                Phase::Member | Phase::Leaving => self.member(&view, &judgement),
+                Phase::Starting | Phase::Over => {}
+            }
+        }
+        if self.now >= self.next_beat {
+            self.next_beat = self.now + ms(HEARTBEAT_MS);
+            self.heartbeat();
+        }
+        if self.must_read && self.register_use == RegisterUse::Idle && self.phase != Phase::Over {
+            self.must_read = false;
+            self.register_use = RegisterUse::Reading;
+            if self.lease == Lease::Lapsed {
+                self.lease = Lease::Deciding;
+            }
+            self.out.push_back(Output::ReadRegister);
+        }
+    }
+
+    fn member(&mut self, view: &Arc<View>, judgement: &Judgement) {
+        self.replay_assigned(view);
+        if view.adm == self.me.node {
+            if !judgement.losing {
+                self.administer(view, &judgement.out);
+            }
+        } else {
+            self.report(view, judgement);
+            if !judgement.losing {
+                self.elect(view, judgement);
+            }
+        }
+    }
+
+    fn heartbeat(&mut self) {
+        let Some((sequence, view)) = self.register.clone() else { return };
+        let (heard, healthy) = self.publication();
+        for member in view.members.values() {
+            if self.watch.is_connected(member.node, member.incarnation) {
+                self.send(member.node, Message::Heartbeat { sequence, heard, healthy });
+            }
+        }
+    }
+
+    /// Begins the replays that the register gives to this node.
+    fn replay_assigned(&mut self, view: &View) {
+        for recovery in &view.recoveries {
+            let who = (recovery.node, recovery.incarnation);
+            let mine = recovery.replayer == Some(self.who()) && recovery.state == FenceState::FencedDirty;
+            let Some(journal) = recovery.journal else { continue };
+            if mine && !recovery.failed && !self.replays.contains_key(&who) {
+                self.replays.insert(who, Work::UnderWay);
+                self.out.push_back(Output::Replay { node: who.0, incarnation: who.1, journal });
+            }
+        }
+    }
+
+    /// Tells the ADM (its successor, where it is lost) what it has to know, again and again until the register
+    /// shows it.
+    fn report(&mut self, view: &View, judgement: &Judgement) {
+        if self.now < self.next_ask {
+            return;
+        }
+        let lost = judgement.out.contains(&view.adm);
+        let adm = if lost { coordinator(view, judgement).unwrap_or(view.adm) } else { view.adm };
+        let mut reports = Vec::new();
+        for (who, work) in &self.replays {
+            let mine = view.recovery(who.0, who.1).is_some_and(|r| r.replayer == Some(self.who()));
+            let failure = match work {
+                Work::UnderWay => continue,
+                Work::Done => None,
+                Work::Failed { why, .. } => Some(why.clone()),
+            };
+            if mine {
+                reports.push(Message::Replayed { node: who.0, incarnation: who.1, failure });
+            }
+        }
+        for member in view.members.values().filter(|member| member.node != adm) {
+            if self.watch.is_proven_dead(member.node, member.incarnation) {
+                reports.push(Message::Dead { node: member.node, incarnation: member.incarnation });
+            }
+        }
+        if self.phase == Phase::Leaving
+            && reports.is_empty()
+            && !self.replays.values().any(|w| *w == Work::UnderWay)
+        {
+            reports.push(Message::Leave);
+        }
+        if !reports.is_empty() {
+            self.next_ask = self.now + ms(HEARTBEAT_MS);
+        }
+        if adm != self.me.node {
+            reports.into_iter().for_each(|report| self.send(adm, report));
+        }
+    }
+
+    /// Writes the register, if nothing else is under way there.
+    fn write(&mut self, view: View) {
+        let Some((expected, current)) = &self.register else { return };
+        if self.register_use != RegisterUse::Idle || self.must_read || **current == view {
+            return;
+        }
+        debug_assert_eq!(view.check(), Ok(()), "{view:?}");
+        let view = Arc::new(view);
+        self.register_use = RegisterUse::Writing;
+        self.writing = Some(Arc::clone(&view));
+        self.out.push_back(Output::Cas { expected: *expected, view });
+    }
+}
+
+/// The lowest slot of the view that is not judged out (SMS-5). Advice: two of them do no harm.
+fn coordinator(view: &View, judgement: &Judgement) -> Option<NodeId> {
+    view.members.keys().copied().find(|node| !judgement.out.contains(node))
+}
+
+impl Work {
+    fn ended(result: Result<(), String>, at: Instant) -> Work {
+        match result {
+            Ok(()) => Work::Done,
+            Err(why) => Work::Failed { why, at },
+        }
+    }
+}
