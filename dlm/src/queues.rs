@@ -47,7 +47,6 @@ pub(crate) struct Waiter {
     pub(crate) op: Op,
     pub(crate) want: Mode,
     pub(crate) since: Instant,
-    seen: Generation,
 }
 
 /// What the master says to a node about this resource.
@@ -164,7 +163,7 @@ impl Queues {
                 self.call(node, want, effects);
             }
         } else {
-            let waiter = Waiter { node, op, want, since: step.now, seen: step.generation };
+            let waiter = Waiter { node, op, want, since: step.now };
             if held == Mode::NL {
                 self.waiting.push_back(waiter);
             } else {
@@ -177,7 +176,9 @@ impl Queues {
     /// Takes a request out of its queue; a request that is not there has had its answer.
     pub(crate) fn cancel(&mut self, step: Step, node: NodeId, ask: Op, effects: &mut Vec<Effect>) {
         let before = self.converting.len() + self.waiting.len();
-        self.drop_requests(|waiter| waiter.node == node && waiter.op == ask);
+        let gone = |waiter: &Waiter| waiter.node == node && waiter.op == ask;
+        self.converting.retain(|waiter| !gone(waiter));
+        self.waiting.retain(|waiter| !gone(waiter));
         if self.converting.len() + self.waiting.len() < before {
             effects.push(Effect::Refuse { node, op: ask, why: Refusal::Cancelled });
             self.advance(step, effects);
@@ -282,15 +283,16 @@ impl Queues {
         }
     }
 
-    fn drop_requests(&mut self, mut gone: impl FnMut(&Waiter) -> bool) {
-        self.converting.retain(|waiter| !gone(waiter));
-        self.waiting.retain(|waiter| !gone(waiter));
+    /// A new view: the requests come again with the reports. Until a node has reported it must be granted
+    /// nothing, for its report would not know of it.
+    pub(crate) fn forget_requests(&mut self) {
+        self.converting.clear();
+        self.waiting.clear();
     }
 
     /// An incarnation is no member any longer. `fenced`: whether it surely stopped reading; `None`: it left
     /// nothing that needs recovery.
     pub(crate) fn depart(&mut self, node: NodeId, incarnation: Incarnation, fenced: Option<bool>) {
-        self.drop_requests(|waiter| waiter.node == node);
         let Some(at) = self.locks.iter().position(|lock| lock.node == node) else { return };
         let Lock { mode, since, .. } = self.locks.swap_remove(at);
         match fenced {
@@ -298,8 +300,8 @@ impl Queues {
             Some(true) if !mode.writes() => {}
             Some(_) => self.ghosts.push(Ghost { node, incarnation, mode, since }),
         }
-        if fenced.is_some() && mode.writes_value() {
-            self.valid = false;
+        if mode.writes_value() {
+            self.valid = false; // also where its recovery was over before we heard of it
         }
     }
 
@@ -330,7 +332,8 @@ impl Queues {
         ask: Option<EntryAsk>,
         fresh: bool,
     ) -> bool {
-        if ask.is_some_and(|ask| !ask.want.covers(held)) || !self.compatible(node, held) {
+        let asks_twice = ask.is_some() && self.requests().any(|waiter| waiter.node == node);
+        if asks_twice || ask.is_some_and(|ask| !ask.want.covers(held)) || !self.compatible(node, held) {
             return false;
         }
         let known = self.held(node);
@@ -357,7 +360,9 @@ impl Queues {
                 seen: step.generation,
             }),
         }
-        self.settle_request(step, node, held, ask);
+        if let Some(ask) = ask {
+            self.place_request(step, node, held, ask);
+        }
         true
     }
 
@@ -371,29 +376,17 @@ impl Queues {
         }
     }
 
-    /// Keeps a request's place if it has one; else its age finds one.
-    fn settle_request(&mut self, step: Step, node: NodeId, held: Mode, ask: Option<EntryAsk>) {
-        let converts = held != Mode::NL;
-        let queue = if converts { &mut self.converting } else { &mut self.waiting };
-        if let Some(ask) = ask
-            && let Some(kept) = queue.iter_mut().find(|waiter| waiter.node == node && waiter.op == ask.op)
-        {
-            kept.want = ask.want;
-            kept.seen = step.generation;
-            self.drop_requests(|waiter| waiter.node == node && waiter.op != ask.op);
-            return;
-        }
-        self.drop_requests(|waiter| waiter.node == node);
-        let Some(EntryAsk { op, want, waited_ms }) = ask else { return };
+    /// A request's age finds its place among the others.
+    fn place_request(&mut self, step: Step, node: NodeId, held: Mode, ask: EntryAsk) {
+        let EntryAsk { op, want, waited_ms } = ask;
         let since = Instant(step.now.0.saturating_sub(waited_ms.saturating_mul(NANOS_PER_MS)));
-        let queue = if converts { &mut self.converting } else { &mut self.waiting };
+        let queue = if held == Mode::NL { &mut self.waiting } else { &mut self.converting };
         let at = queue.partition_point(|waiter| (waiter.since, waiter.node) <= (since, node));
-        queue.insert(at, Waiter { node, op, want, since, seen: step.generation });
+        queue.insert(at, Waiter { node, op, want, since });
     }
 
     /// The node's report is complete: what it did not mention it does not have; callbacks to it start anew.
     pub(crate) fn end_report(&mut self, generation: Generation, node: NodeId) {
-        self.drop_requests(|waiter| waiter.node == node && waiter.seen != generation);
         let Some(at) = self.locks.iter().position(|lock| lock.node == node) else { return };
         if self.locks[at].seen == generation {
             self.locks[at].told = ModeSet::EMPTY;

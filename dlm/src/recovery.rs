@@ -5,13 +5,15 @@
 //!   may hold until every recovery that was open when it came is done;
 //! - a shard that stays keeps granting, except beside what a departed node held: shared modes until its fence is
 //!   confirmed, modes that write until its journal is replayed;
-//! - a report is complete: a member's records are exactly its last report plus what happened since;
+//! - a report is complete: a member's records are exactly its last report plus what happened since; before its
+//!   report a member is granted nothing, so that the report cannot be older than a grant;
 //! - a view that comes before the last one's reports are in starts all this anew for the shards concerned.
 //!
 //! Why a shard that came waits for *all* open recoveries: its former master may have died, or have kept locks of
 //! nodes that died earlier; nobody left knows which. A node that missed a view in which its shard belonged to
 //! another need not care: that other one granted nothing, for want of this node's report.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -96,6 +98,7 @@ impl Dlm {
         }
         for queues in self.queues.values_mut() {
             queues.settle_ghosts(epoch);
+            queues.forget_requests();
         }
     }
 
@@ -252,12 +255,14 @@ impl Dlm {
         }
     }
 
-    /// Keeps a message of a later view. A sender's later view makes its earlier one pointless: nobody can
-    /// complete it any more.
+    /// Keeps a message of a later view. A node's later view, perhaps its next incarnation's, makes its earlier
+    /// one pointless: nobody can complete it any more.
     pub(crate) fn keep_early(&mut self, from: NodeId, message: Message) -> Result<(), Fault> {
         let kept = self.early.entry(from).or_default();
-        if kept.back().is_some_and(|last| last.generation < message.generation) {
-            kept.clear();
+        match kept.back().map(|last| last.generation.cmp(&message.generation)) {
+            Some(Ordering::Less) => kept.clear(),
+            Some(Ordering::Greater) => return Ok(()),
+            Some(Ordering::Equal) | None => {}
         }
         if kept.len() >= EARLY_MAX {
             return Err(Fault::TooEarly);
