@@ -12,12 +12,20 @@ pub mod buf;
 mod completion;
 pub mod device;
 pub mod file_device;
+mod format;
 pub mod gate;
 pub mod ids;
+pub mod label;
+pub mod layout;
+pub mod lease;
 pub mod medium;
 pub mod mem_device;
+pub mod process;
+pub mod register;
 pub mod runtime;
+pub mod signature;
 mod sys;
+mod turn;
 
 pub use buf::{AlignedBuf, IoSlice};
 pub use device::{Device, Durability, IoFuture, Request, SubmitGuard};
@@ -26,6 +34,10 @@ pub use gate::{CloseReason, Gate, GateRefused, GateStats};
 pub use ids::{
     BLOCK_SIZE, BlockAddr, Clock, ClockError, Generation, Incarnation, LamportClock, MAX_NODES, NodeId,
 };
+pub use label::{Label, LabelError};
+pub use layout::{MAX_BODY_BYTES, QuorumLayout};
 pub use medium::{Medium, WriteLife};
 pub use mem_device::MemDevice;
+pub use register::{Outcome, Register, RegisterError, Snapshot};
 pub use runtime::{BoxFuture, Instant, Runtime, SimRuntime, TestRuntime, WallTime, block_on};
+pub use signature::Signature;
