@@ -292,16 +292,23 @@ impl Superblock {
 
     /// Reads a superblock from foreign bytes found at `addr`.
     pub fn parse(block: &Block, addr: BlockAddr) -> Result<Superblock, SuperblockError> {
-        let sb = SuperblockImage::ref_from_bytes(block).expect("a superblock is one block");
+        let header = Header::of(block);
         let damaged = |why| SuperblockError::Damaged { addr, why };
-        if sb.header.magic.get() != header::MAGIC || sb.header.kind.get() != BlockKind::Superblock as u16 {
+        if header.magic.get() != header::MAGIC || header.kind.get() != BlockKind::Superblock as u16 {
             return Err(SuperblockError::WrongMagic { addr });
         }
-        let secret = sb.header.secret;
-        header::is_ours(block, addr, &secret).map_err(|defect| damaged(defect.why()))?;
-        if sb.header.owner() != Some(LockName::Journals) {
+        header::is_ours(block, addr, &header.secret).map_err(|defect| damaged(defect.why()))?;
+        if header.owner() != Some(LockName::Journals) {
             return Err(damaged(Defect::Owner.why()));
         }
+        Self::parse_body(block, addr)
+    }
+
+    /// Reads a superblock whose header is verified.
+    pub fn parse_body(block: &Block, addr: BlockAddr) -> Result<Superblock, SuperblockError> {
+        let sb = SuperblockImage::ref_from_bytes(block).expect("a superblock is one block");
+        let secret = sb.header.secret;
+        let damaged = |why| SuperblockError::Damaged { addr, why };
         if sb.format_version.get() != FORMAT_VERSION {
             return Err(SuperblockError::NewerFormat(sb.format_version.get()));
         }

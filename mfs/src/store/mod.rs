@@ -10,6 +10,7 @@
 //! cluster locks. A closure given to `edit` or `create` must not call the store.
 
 mod cache;
+mod callouts;
 mod commit;
 mod pending;
 mod txn;
@@ -288,6 +289,11 @@ impl Store {
     /// Waits until the store stops because of an error.
     pub async fn failure(&self) -> FsError {
         self.inner().stable.until(|| self.failed()).await
+    }
+
+    /// Stops the store: memory and journal could disagree from here on.
+    pub(crate) fn fail(&self, error: FsError) {
+        self.inner().fail(error);
     }
 
     /// The lease is lost or the node withdraws: nothing is begun, committed or put in place any more.

@@ -16,11 +16,13 @@ pub struct Txn {
     inner: Arc<Inner>,
     seq: TxnSeq,
     credits: u32,
+    /// Something was changed: from here on every edit must succeed.
+    changed: bool,
 }
 
 impl Txn {
     pub(super) fn new(inner: Arc<Inner>, seq: TxnSeq, credits: u32) -> Txn {
-        Txn { inner, seq, credits }
+        Txn { inner, seq, credits, changed: false }
     }
 
     /// Number of the transaction.
@@ -34,8 +36,25 @@ impl Txn {
     }
 
     /// Changes the body (bytes from 64 on) of a block; of the header, flags and owner generation may be changed,
-    /// the rest is the store's. The caller holds the owner's lock exclusively.
+    /// the rest is the store's. The caller holds the owner's lock exclusively. Where it fails after an earlier
+    /// change of the handle the store stops: half a change must not become stable.
     pub async fn edit<R>(
+        &mut self,
+        addr: BlockAddr,
+        kind: BlockKind,
+        owner: LockName,
+        change: impl FnOnce(&mut Block) -> R,
+    ) -> Result<R, FsError> {
+        let result = self.try_edit(addr, kind, owner, change).await;
+        match &result {
+            Ok(_) => self.changed = true,
+            Err(error) if self.changed => self.inner.fail(error.clone()),
+            Err(_) => {}
+        }
+        result
+    }
+
+    async fn try_edit<R>(
         &mut self,
         addr: BlockAddr,
         kind: BlockKind,
@@ -66,6 +85,7 @@ impl Txn {
         owner: LockName,
         change: impl FnOnce(&mut Block) -> R,
     ) -> R {
+        self.changed = true;
         let (result, first) = self.inner.cache.create(addr, kind, owner, self.seq, change);
         if first {
             self.join(addr, owner);
