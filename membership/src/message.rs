@@ -202,6 +202,11 @@ pub enum Message {
         /// The generation taken.
         generation: Generation,
     },
+    /// A member to the ADM: messages of this generation may be lost, a new view of the same members is wanted.
+    Lost {
+        /// The generation.
+        generation: Generation,
+    },
 }
 
 impl Message {
@@ -224,7 +229,8 @@ impl Message {
             | Message::Nominate { .. }
             | Message::Elected { .. }
             | Message::Permit { .. }
-            | Message::Undo { .. } => Ok(()),
+            | Message::Undo { .. }
+            | Message::Lost { .. } => Ok(()),
         }
     }
 }

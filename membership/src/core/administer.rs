@@ -29,7 +29,7 @@ impl Membership {
     pub(super) fn administer(&mut self, view: &Arc<View>, out: &BTreeSet<NodeId>) {
         self.fence_pending(view);
         let mut next = View::clone(view);
-        let mut changed = false;
+        let mut changed = self.lost == Some(view.generation);
 
         if !out.is_empty() {
             next.exclude(out);

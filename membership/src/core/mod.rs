@@ -6,6 +6,8 @@
 //! - At most one compare-and-set or read of the register is under way, and a compare-and-set is made from the newest
 //!   content known.
 //! - A node that knows a content of the register without itself, having been a member, stops for good.
+//! - Where a connection between members broke and came back, a new view of the same members follows: the lock
+//!   manager tells everything anew in every view, and so needs no other repair of lost messages.
 //! - What to do follows from the state, not from the history: every step compares what the register says with what
 //!   is known, and asks for the difference. A lost message or answer is asked for again.
 
@@ -19,7 +21,7 @@ mod watch;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use storage_control::{Incarnation, Instant, NodeId};
+use storage_control::{Generation, Incarnation, Instant, NodeId};
 
 pub use io::{CasOutcome, CloseReason, Input, Notice, Output, Phase, Snapshot};
 pub use watch::{SlotSeen, Standing};
@@ -63,7 +65,7 @@ enum Lease {
 struct Application {
     applicant: Applicant,
     version: u16,
-    generation: storage_control::Generation,
+    generation: Generation,
     healthy: bool,
 }
 
@@ -89,6 +91,10 @@ pub struct Membership {
     journal: Option<(u16, Work)>,
     applications: BTreeMap<NodeId, Application>,
     leavers: BTreeSet<Who>,
+    /// Members whose connection broke: what was on its way is lost.
+    broken: BTreeSet<Who>,
+    /// Messages of this generation may be lost.
+    lost: Option<Generation>,
     election: Election,
     probed: BTreeSet<Who>,
     refused_for_generation: u32,
@@ -118,6 +124,8 @@ impl Membership {
             journal: None,
             applications: BTreeMap::new(),
             leavers: BTreeSet::new(),
+            broken: BTreeSet::new(),
+            lost: None,
             election: Election::default(),
             probed: BTreeSet::new(),
             refused_for_generation: 0,
@@ -218,9 +226,15 @@ impl Membership {
                 // An applicant asks at once; a member answers with what it knows.
                 self.next_ask = now;
                 self.next_beat = now;
+                if self.broken.remove(&(node, incarnation)) {
+                    self.lost = self.view().map(|view| view.generation);
+                }
             }
             Input::Disconnected { node, incarnation } => {
                 if self.watch.disconnected(node, incarnation) {
+                    if self.view().is_some_and(|view| view.is_member(node, incarnation)) {
+                        self.broken.insert((node, incarnation));
+                    }
                     self.out.push_back(Output::Probe { node, incarnation });
                 }
             }
@@ -344,6 +358,12 @@ impl Membership {
             Message::Elected { generation } => self.election.elected = Some((node, incarnation, generation)),
             Message::Permit { generation } => self.election.permit = Some(generation),
             Message::Undo { generation } => self.election.undo = Some(generation),
+            Message::Lost { generation } => {
+                let current = self.view().map(|view| view.generation);
+                if current == Some(generation) {
+                    self.lost = current;
+                }
+            }
         }
     }
 
@@ -430,6 +450,8 @@ impl Membership {
         self.fences.retain(|who, _| view.recovery(who.0, who.1).is_some());
         self.replays.retain(|who, _| view.recovery(who.0, who.1).is_some());
         self.leavers.retain(|who| view.is_member(who.0, who.1));
+        self.broken.retain(|who| view.is_member(who.0, who.1));
+        self.lost = self.lost.filter(|generation| *generation == view.generation);
         self.applications.retain(|_, a| !view.is_member(a.applicant.node, a.applicant.incarnation));
         if self.journal.as_ref().is_some_and(|(index, _)| *index < view.journals) {
             self.journal = None;
