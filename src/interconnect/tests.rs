@@ -1,0 +1,241 @@
+//! Two or three interconnects on 127.0.0.1, and strangers at the door.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::*;
+
+const MATRIX: Uuid = Uuid::from_u128(7);
+/// Long enough for a busy machine; a test that waits so long has failed.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[derive(Debug, PartialEq, Eq)]
+enum News {
+    Connected(Who),
+    Disconnected(Who, Loss),
+    Frame(Who, Generation, Vec<u8>),
+}
+
+struct Reporter(Mutex<Sender<News>>);
+
+impl Handler for Reporter {
+    fn frame(&self, from: Who, header: Header, payload: Vec<u8>) -> Result<(), String> {
+        if payload == b"nonsense" {
+            return Err(String::from("nonsense"));
+        }
+        let _ = self.0.lock().send(News::Frame(from, header.generation, payload));
+        Ok(())
+    }
+
+    fn connected(&self, peer: Who) {
+        let _ = self.0.lock().send(News::Connected(peer));
+    }
+
+    fn disconnected(&self, peer: Who, loss: &Loss) {
+        let _ = self.0.lock().send(News::Disconnected(peer, loss.clone()));
+    }
+}
+
+/// Slots that all nodes see, except those that look at a copy of the disk.
+struct Disk {
+    me: Who,
+    slots: Arc<Mutex<BTreeMap<Who, u64>>>,
+}
+
+impl SameMedium for Disk {
+    fn prove(&self) -> BoxFuture<Result<SlotProof, String>> {
+        let mut slots = self.slots.lock();
+        let sequence = slots.entry(self.me).or_default();
+        *sequence += 1;
+        let proof = SlotProof { nonce: [self.me.0.0 as u8; 16], sequence: *sequence };
+        Box::pin(std::future::ready(Ok(proof)))
+    }
+
+    fn verify(&self, peer: Who, proof: SlotProof) -> BoxFuture<Result<(), String>> {
+        let there = self.slots.lock().get(&peer).copied().unwrap_or_default();
+        let same = there >= proof.sequence && proof.nonce == [peer.0.0 as u8; 16];
+        let verdict = if same { Ok(()) } else { Err(String::from("its slot is not on this disk")) };
+        Box::pin(std::future::ready(verdict))
+    }
+}
+
+use storage_control::BoxFuture;
+
+struct Node {
+    who: Who,
+    peer: Peer,
+    net: Interconnect,
+    news: Receiver<News>,
+}
+
+fn who(node: u16) -> Who {
+    (NodeId(node), Incarnation(1))
+}
+
+fn start_in(node: u16, matrix: Uuid, slots: &Arc<Mutex<BTreeMap<Who, u64>>>) -> Node {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let addr = listener.local_addr().expect("its number");
+    let key = NodeKey::generate().expect("a key");
+    let fingerprint = key.fingerprint();
+    let (sender, news) = channel();
+    let net = Interconnect::start(Setup {
+        me: who(node),
+        matrix,
+        key,
+        listener,
+        clock: Arc::new(LamportClock::default()),
+        medium: Arc::new(Disk { me: who(node), slots: Arc::clone(slots) }),
+        handler: Arc::new(Reporter(Mutex::new(sender))),
+    })
+    .expect("an interconnect");
+    Node { who: who(node), peer: Peer { who: who(node), addr, fingerprint, dial: false }, net, news }
+}
+
+fn start(node: u16, slots: &Arc<Mutex<BTreeMap<Who, u64>>>) -> Node {
+    start_in(node, MATRIX, slots)
+}
+
+/// Everybody trusts everybody; the higher dials.
+fn introduce(nodes: &[&Node]) {
+    for node in nodes {
+        let others = || nodes.iter().filter(|other| other.who != node.who);
+        node.net.set_trust(others().map(|other| (other.peer.fingerprint, other.who)).collect());
+        node.net.set_peers(others().map(|o| Peer { dial: node.who > o.who, ..o.peer.clone() }).collect());
+    }
+}
+
+impl Node {
+    fn next(&self) -> News {
+        self.news.recv_timeout(PATIENCE).expect("news in time")
+    }
+
+    fn say(&self, to: &Node, text: &[u8]) -> bool {
+        self.net.send(to.who.0, Channel::Dlm, Generation(3), text)
+    }
+}
+
+#[test]
+fn frames_arrive_in_order_also_those_sent_before_the_connection() {
+    let slots = Arc::default();
+    let (a, b) = (start(1, &slots), start(2, &slots));
+    a.net.set_peers(vec![b.peer.clone()]);
+    assert!(a.say(&b, b"early"));
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    assert_eq!(b.next(), News::Connected(a.who));
+    (0..1000u32).for_each(|n| assert!(a.say(&b, &n.to_le_bytes())));
+    assert_eq!(b.next(), News::Frame(a.who, Generation(3), b"early".to_vec()));
+    for n in 0..1000u32 {
+        assert_eq!(b.next(), News::Frame(a.who, Generation(3), n.to_le_bytes().to_vec()));
+    }
+    assert!(b.say(&a, b"thanks"));
+    assert_eq!(a.next(), News::Frame(b.who, Generation(3), b"thanks".to_vec()));
+    let batches = a.net.stats().batches_sent.load(Ordering::Relaxed);
+    assert!(batches <= a.net.stats().frames_sent.load(Ordering::Relaxed));
+}
+
+#[test]
+fn a_stopped_peer_is_noticed_at_once_and_its_heir_connects() {
+    let slots = Arc::default();
+    let (a, b) = (start(1, &slots), start(2, &slots));
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    let begin = std::time::Instant::now();
+    b.net.stop();
+    assert_eq!(a.next(), News::Disconnected(b.who, Loss::Reset));
+    assert!(begin.elapsed() < Duration::from_secs(2), "no time-out was waited for");
+    let heir = start(2, &slots);
+    introduce(&[&a, &heir]);
+    assert_eq!(a.next(), News::Connected(heir.who));
+}
+
+#[test]
+fn a_peer_that_sends_garbage_is_cut_off_with_the_reason() {
+    let slots = Arc::default();
+    let (a, b) = (start(1, &slots), start(2, &slots));
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    assert_eq!(b.next(), News::Connected(a.who));
+    b.say(&a, b"nonsense");
+    assert_eq!(a.next(), News::Disconnected(b.who, Loss::Garbage(String::from("nonsense"))));
+}
+
+#[test]
+fn a_key_that_no_view_names_gets_nothing_through() {
+    let slots = Arc::default();
+    let (a, b, stranger) = (start(1, &slots), start(2, &slots), start(3, &slots));
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    stranger.net.set_trust([(a.peer.fingerprint, a.who)].into());
+    stranger.net.set_peers(vec![Peer { dial: true, ..a.peer.clone() }]);
+    assert!(stranger.news.recv_timeout(Duration::from_millis(500)).is_err());
+    assert_eq!(a.net.connected(), [b.who]);
+}
+
+#[test]
+fn a_removed_member_is_disconnected_with_the_view() {
+    let slots = Arc::default();
+    let (a, b) = (start(1, &slots), start(2, &slots));
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    a.net.set_peers(Vec::new());
+    a.net.set_trust(BTreeMap::new());
+    let loss = Loss::Closed(String::from("its key is no longer accepted"));
+    assert_eq!(a.next(), News::Disconnected(b.who, loss));
+}
+
+#[test]
+fn a_clone_of_the_disk_is_refused() {
+    let (a, clone) = (start(1, &Arc::default()), start(2, &Arc::default()));
+    introduce(&[&a, &clone]);
+    assert!(a.news.recv_timeout(Duration::from_millis(500)).is_err());
+    assert!(a.net.connected().is_empty() && clone.net.connected().is_empty());
+}
+
+#[test]
+fn a_node_of_another_matrix_is_refused() {
+    let slots = Arc::default();
+    let (a, foreign) = (start(1, &slots), start_in(2, Uuid::from_u128(8), &slots));
+    introduce(&[&a, &foreign]);
+    assert!(a.news.recv_timeout(Duration::from_millis(500)).is_err());
+    assert!(a.net.connected().is_empty() && foreign.net.connected().is_empty());
+}
+
+#[test]
+fn strangers_without_tls_cannot_wedge_the_door() {
+    let slots = Arc::default();
+    let (a, b) = (start(1, &slots), start(2, &slots));
+    let mut strangers = Vec::new();
+    for n in 0..8u8 {
+        let mut stranger = std::net::TcpStream::connect(a.peer.addr).expect("the port is open");
+        stranger.write_all(&[n; 300]).expect("it can be written to");
+        strangers.push(stranger);
+    }
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    for mut stranger in strangers {
+        stranger.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let mut answer = Vec::new();
+        // An alert or nothing, then the end.
+        let _ = stranger.read_to_end(&mut answer);
+        assert!(answer.len() < 100);
+    }
+}
+
+#[test]
+fn three_nodes_are_all_connected_once() {
+    let slots = Arc::default();
+    let nodes = [start(1, &slots), start(2, &slots), start(3, &slots)];
+    introduce(&nodes.each_ref());
+    for node in &nodes {
+        let connected: BTreeSet<Who> = (0..2)
+            .map(|_| match node.next() {
+                News::Connected(who) => who,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(connected.len(), 2);
+    }
+}
