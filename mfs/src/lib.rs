@@ -11,6 +11,7 @@ pub mod extent;
 pub mod format;
 pub mod fsck;
 pub mod fuse;
+pub mod index;
 pub mod inode;
 pub mod inode_table;
 pub mod journal;

@@ -6,6 +6,7 @@ pub mod dirent;
 pub mod extent;
 pub mod group;
 pub mod header;
+pub mod index;
 pub mod journal;
 pub mod orphan;
 pub mod superblock;
