@@ -8,14 +8,14 @@ use siphasher::sip::SipHasher24;
 use crate::format::dirent::{COLLISION_BITS, HASH_BITS};
 use crate::format::superblock::Superblock;
 
-/// The hash of a name, 48 bits, never 0: SipHash-2-4 under the filesystem's seed, so that nobody outside can
+/// The hash of a name, 48 bits, never 0: SipHash-2-4 under the filesystem's secret, so that nobody outside can
 /// make names collide.
 pub(crate) fn name_hash(superblock: &Superblock, name: &[u8]) -> u64 {
     #[cfg(test)]
     if name.starts_with(tests::COLLIDE) {
         return 7 << (HASH_BITS - 4);
     }
-    let mut hasher = SipHasher24::new_with_key(superblock.hash_seed());
+    let mut hasher = SipHasher24::new_with_key(&superblock.secret.0);
     hasher.write(name);
     (hasher.finish() >> (64 - HASH_BITS)).max(1)
 }

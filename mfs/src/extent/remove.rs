@@ -110,7 +110,7 @@ async fn remove_data(
         at -= 1;
         let extent = list[at];
         let part = extent.clip(&range);
-        let of_last = store.superblock().group_of(BlockAddr(part.physical.0 + u64::from(part.len) - 1));
+        let of_last = store.superblock().geometry.group_of(BlockAddr(part.physical.0 + u64::from(part.len) - 1));
         if *group.get_or_insert(of_last) != of_last {
             at += 1;
             break;

@@ -2,7 +2,7 @@
 //!
 //! A decoded [`Dinode`] satisfies every rule of the format that one block can tell: its content fits its type
 //! and its area, inline data are as long as its size, trees have at least one child and at most
-//! [`MAX_DEPTH`] levels. Functions of `dir`, `extent` and `xattr` change a `Dinode` in memory and the other
+//! [`MAX_DEPTH`](crate::format::index::MAX_DEPTH) levels. Functions of `dir`, `extent` and `xattr` change a `Dinode` in memory and the other
 //! blocks in the transaction; the caller ends with [`write`] in the same transaction. After an error the
 //! value in memory is worth nothing and is read again.
 
@@ -18,7 +18,6 @@ use crate::error::FsError;
 use crate::extent::Extent;
 use crate::format::dinode::{AREA_SIZE, flags};
 use crate::format::header::BlockKind;
-use crate::format::index::MAX_DEPTH;
 use crate::index::Root;
 use crate::lock_name::LockName;
 use crate::store::{Store, Txn};
