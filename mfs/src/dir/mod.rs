@@ -13,7 +13,7 @@ mod tests;
 use storage_control::BlockAddr;
 
 pub(crate) use hash::{cookie_range, name_hash};
-pub(crate) use packed::{Entry, entries};
+pub(crate) use packed::{Entry, entries, size as entry_size};
 
 use crate::alloc::{FreeGuard, Reservation};
 use crate::error::FsError;
