@@ -80,7 +80,7 @@ pub struct RawDinode {
     pub gid: U32,
     /// Names; for a directory 2 + its subdirectories.
     pub nlink: U32,
-    /// Bytes; for a directory the bytes of its entries' blocks.
+    /// Bytes; for a directory those of its entries.
     pub size: U64,
     /// Blocks of 4 KiB that belong to the inode besides the dinode.
     pub blocks: U64,
