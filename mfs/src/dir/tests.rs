@@ -72,3 +72,196 @@ proptest! {
         prop_assert!(entries(BlockAddr(AT), &bytes).count() <= ENTRIES_SIZE);
     }
 }
+
+mod on_a_store {
+    use std::collections::BTreeMap;
+
+    use storage_control::block_on;
+
+    use super::*;
+    use crate::dir::hash::tests::COLLIDE;
+    use crate::index::tests::{BITMAP_CREDITS, Rig};
+
+    /// The names of a directory and what they mean.
+    type Model = BTreeMap<Vec<u8>, u64>;
+
+    fn target(ino: u64) -> Target {
+        Target { ino, generation: ino * 3, kind: FileType::Regular }
+    }
+
+    async fn add(rig: &Rig, dir: &mut Dinode, name: &[u8], ino: u64) -> Result<u64, FsError> {
+        let needs = insert_needs(dir);
+        rig.change(dir, needs, async |txn, res, dir| insert(&rig.store, txn, res, dir, name, target(ino)).await).await
+    }
+
+    async fn take(rig: &Rig, dir: &mut Dinode, name: &[u8], free: bool) -> Option<Dirent> {
+        let removal = plan_remove(&rig.store, dir, name).await.unwrap()?;
+        let guard = match removal.frees.filter(|_| free) {
+            Some(addr) => Some(rig.alloc.lock_groups_for_free(&[addr]).await.unwrap()),
+            None => None,
+        };
+        let mut txn = rig.store.begin(REMOVE_CREDITS + BITMAP_CREDITS).await.unwrap();
+        remove(&rig.store, &mut txn, guard.as_ref(), dir, &removal).await.unwrap();
+        crate::inode::write(&mut txn, dir).await.unwrap();
+        Some(removal.dirent)
+    }
+
+    async fn all(rig: &Rig, dir: &Dinode, at_a_time: usize) -> Vec<Dirent> {
+        let mut found: Vec<Dirent> = Vec::new();
+        loop {
+            let after = found.last().map_or(0, |dirent| dirent.cookie);
+            let more = list(&rig.store, dir, after, at_a_time).await.unwrap();
+            if more.is_empty() {
+                return found;
+            }
+            found.extend(more);
+        }
+    }
+
+    async fn assert_is(rig: &Rig, dir: &Dinode, model: &Model) {
+        rig.assert_written(dir).await;
+        let found = all(rig, dir, 7).await;
+        assert!(found.windows(2).all(|pair| pair[0].cookie < pair[1].cookie));
+        let names: Model = found.iter().map(|dirent| (dirent.name.clone(), dirent.ino)).collect();
+        assert_eq!((&names, found.len()), (model, model.len()));
+        assert_eq!(dir.entries, model.len() as u64);
+        for (name, ino) in model {
+            assert_eq!(lookup(&rig.store, dir, name).await.unwrap().map(|dirent| dirent.ino), Some(*ino));
+        }
+    }
+
+    #[test]
+    fn thousands_of_names_come_and_go() {
+        block_on(async {
+            let rig = Rig::new().await;
+            let mut dir = rig.inode(FileType::Directory).await;
+            let mut model = Model::new();
+            for ino in 1..=6000 {
+                let name = format!("{ino}-{}", "long name ".repeat(ino as usize % 25)).into_bytes();
+                let name = name[..name.len().min(255)].to_vec();
+                add(&rig, &mut dir, &name, ino).await.unwrap();
+                model.insert(name, ino);
+            }
+            let Content::DirentTree(root) = &dir.content else { panic!("it is a tree") };
+            assert!(root.depth >= 2);
+            assert_is(&rig, &dir, &model).await;
+            let (known, ino) = model.first_key_value().unwrap();
+            assert!(matches!(add(&rig, &mut dir, known, *ino).await, Err(FsError::Exists)));
+            assert_eq!(lookup(&rig.store, &dir, b"unknown").await.unwrap(), None);
+
+            let names: Vec<_> = model.keys().cloned().collect();
+            for (count, name) in names.iter().enumerate() {
+                let removed = take(&rig, &mut dir, name, count % 5 != 0).await.unwrap();
+                assert_eq!(Some(removed.ino), model.remove(name));
+                if count % 1000 == 0 {
+                    assert_is(&rig, &dir, &model).await;
+                }
+            }
+            assert!(is_empty(&dir) && dir.size == 0);
+            rig.empty(&mut dir).await;
+            assert_eq!(dir.content, Content::Dirents(Vec::new()));
+        });
+    }
+
+    #[test]
+    fn names_of_one_hash_are_told_apart() {
+        block_on(async {
+            let rig = Rig::new().await;
+            let mut dir = rig.inode(FileType::Directory).await;
+            let mut model = Model::new();
+            let name = |n: u64| [COLLIDE, format!("{n:0200}").as_bytes()].concat();
+            for ino in 1..=300 {
+                add(&rig, &mut dir, &name(ino), ino).await.unwrap();
+                add(&rig, &mut dir, format!("other {ino}").as_bytes(), 1000 + ino).await.unwrap();
+                model.insert(name(ino), ino);
+                model.insert(format!("other {ino}").into_bytes(), 1000 + ino);
+            }
+            assert_is(&rig, &dir, &model).await;
+            let cookie = take(&rig, &mut dir, &name(100), true).await.unwrap().cookie;
+            model.remove(&name(100));
+            assert_is(&rig, &dir, &model).await;
+            assert_eq!(add(&rig, &mut dir, &name(999), 9).await.unwrap(), cookie);
+            model.insert(name(999), 9);
+            for ino in (1..=300).filter(|ino| ino % 3 == 0) {
+                take(&rig, &mut dir, &name(ino), true).await.unwrap();
+                model.remove(&name(ino));
+            }
+            assert_is(&rig, &dir, &model).await;
+        });
+    }
+
+    #[test]
+    fn a_listing_goes_on_behind_a_cookie_whatever_happens_to_other_names() {
+        block_on(async {
+            let rig = Rig::new().await;
+            let mut dir = rig.inode(FileType::Directory).await;
+            for ino in 1..=200 {
+                add(&rig, &mut dir, format!("stays {ino}").as_bytes(), ino).await.unwrap();
+            }
+            let (mut seen, mut after, mut n) = (Vec::new(), 0, 0_u64);
+            loop {
+                let more = list(&rig.store, &dir, after, 10).await.unwrap();
+                let Some(last) = more.last() else { break };
+                after = last.cookie;
+                seen.extend(more.into_iter().filter(|dirent| dirent.name.starts_with(b"stays")).map(|d| d.ino));
+                for _ in 0..5 {
+                    n += 1;
+                    add(&rig, &mut dir, format!("comes {n}").as_bytes(), 10_000 + n).await.unwrap();
+                }
+                take(&rig, &mut dir, format!("comes {}", n / 2).as_bytes(), true).await;
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, (1..=200).collect::<Vec<_>>());
+        });
+    }
+
+    #[test]
+    fn a_name_can_be_pointed_elsewhere_and_keeps_its_cookie() {
+        block_on(async {
+            let rig = Rig::new().await;
+            let mut dir = rig.inode(FileType::Directory).await;
+            for ino in 1..=500 {
+                let cookie = add(&rig, &mut dir, format!("{ino}").as_bytes(), ino).await.unwrap();
+                let name = format!("{}", ino.div_ceil(2));
+                let needs = Needs { meta: 0, credits: REPLACE_CREDITS };
+                let old = rig
+                    .change(&mut dir, needs, async |txn, _, dir| {
+                        replace(&rig.store, txn, dir, name.as_bytes(), target(7000 + ino)).await
+                    })
+                    .await
+                    .unwrap();
+                let now = lookup(&rig.store, &dir, name.as_bytes()).await.unwrap().unwrap();
+                assert_eq!((now.cookie, now.ino, now.name), (old.cookie, 7000 + ino, old.name));
+                assert!(cookie > 2);
+            }
+        });
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn a_directory_is_its_model(steps in proptest::collection::vec((0_u8..8, 0_u16..120, any::<bool>()), 1..300)) {
+            block_on(async {
+                let rig = Rig::new().await;
+                let mut dir = rig.inode(FileType::Directory).await;
+                let mut model = Model::new();
+                for (at, (action, which, long)) in steps.into_iter().enumerate() {
+                    let start: &[u8] = if which % 3 == 0 { COLLIDE } else { b"" };
+                    let name = [start, which.to_string().as_bytes(), &vec![b'x'; if long { 200 } else { 3 }]].concat();
+                    match action {
+                        0..5 => {
+                            let result = add(&rig, &mut dir, &name, at as u64 + 1).await;
+                            assert_eq!(result.is_ok(), !model.contains_key(&name));
+                            model.entry(name).or_insert(at as u64 + 1);
+                        }
+                        _ => {
+                            let removed = take(&rig, &mut dir, &name, action % 2 == 0).await;
+                            assert_eq!(removed.map(|dirent| dirent.ino), model.remove(&name));
+                        }
+                    }
+                }
+                assert_is(&rig, &dir, &model).await;
+            });
+        }
+    }
+}

@@ -14,6 +14,7 @@ use crate::format::header::{Block, BlockKind, verify};
 use crate::format::journal::{HEADER_A, HEADER_B, JournalImage, ORPHANS_AT};
 use crate::format::orphan::CHAIN_MAX;
 use crate::format::superblock::{Source, Superblock};
+use crate::journal::{Head, Place, has_records};
 use crate::orphan::{OrphanKind, read_block};
 
 async fn read_one(device: &dyn Device, addr: BlockAddr) -> Result<Box<Block>, FsError> {
@@ -41,44 +42,48 @@ pub(super) async fn superblock(
     Ok(superblock)
 }
 
-/// The newer valid header of a journal.
-async fn journal_header(
+/// Checks both headers of a journal. A crash can tear one of them; in a journal that was closed both are whole.
+async fn check_headers(
     device: &dyn Device,
     superblock: &Superblock,
-    journal: u16,
-    start: BlockAddr,
+    place: &Place,
+    severity: Severity,
     report: &mut Report,
-) -> Option<JournalImage> {
-    let mut newest: Option<JournalImage> = None;
+) {
+    let journal = place.journal;
     for (copy, offset) in [("first", HEADER_A), ("second", HEADER_B)] {
-        let addr = BlockAddr(start.0 + offset);
+        let addr = BlockAddr(place.start.0 + offset);
         let what = format!("{copy} header of journal {journal}");
-        let owner = LockName::Orphans(journal);
-        let block = match read_one(device, addr).await {
-            Ok(block) => block,
-            Err(error) => {
-                report.failure(what, addr, &error);
-                continue;
+        let checked = read_one(device, addr).await.and_then(|block| {
+            verify(&block, BlockKind::Journal, addr, &superblock.secret, place.owner())?;
+            let header = JournalImage::of(&block);
+            if header.journal.get() != journal || header.reserved.iter().any(|&byte| byte != 0) {
+                return Err(FsError::corrupt("journal header", addr, "it is another journal's or has stray bytes"));
             }
-        };
-        if let Err(error) = verify(&block, BlockKind::Journal, addr, &superblock.secret, owner) {
-            report.failure(what, addr, &error);
-            continue;
-        }
-        let header = *JournalImage::of(&block);
-        if header.journal.get() != journal || header.reserved.iter().any(|&byte| byte != 0) {
-            report.error(what, addr, "it names another journal or its reserved bytes are not zero");
-            continue;
-        }
-        let age = |header: &JournalImage| (header.epoch.get(), header.writes.get());
-        if newest.as_ref().is_none_or(|newest| age(newest) < age(&header)) {
-            newest = Some(header);
+            Ok(())
+        });
+        if let Err(error) = checked {
+            report.add(severity, what, addr, error.to_string());
         }
     }
-    if newest.is_none() {
-        report.error(format!("journal {journal}"), start, "neither of its headers can be used");
+}
+
+/// What a journal holds.
+enum Held {
+    /// Nothing, and it was closed.
+    Nothing,
+    /// Nothing, but it was not closed: its node is there or crashed.
+    Open,
+    /// Records that are not replayed.
+    Records,
+}
+
+async fn held(device: &dyn Device, place: &Place) -> Result<Held, FsError> {
+    let head = Head::read(device, place).await?;
+    if head.clean {
+        return Ok(Held::Nothing);
     }
-    newest
+    Ok(if has_records(device, place, &head).await? { Held::Records } else { Held::Open })
 }
 
 /// The journals that exist, with their first blocks.
@@ -98,25 +103,30 @@ pub(super) async fn replay(
     let mut dirty = Vec::new();
     for (journal, start) in journals(superblock) {
         report.stats.journals += 1;
-        let header = journal_header(&*device, superblock, journal, start, report).await;
-        if header.is_some_and(|header| header.clean.get() != 1) {
-            dirty.push((journal, start));
+        let place = Place::of(superblock, journal)?;
+        let what = format!("journal {journal}");
+        let held = held(&*device, &place).await;
+        let severity = if matches!(held, Ok(Held::Nothing)) { Severity::Error } else { Severity::Note };
+        check_headers(&*device, superblock, &place, severity, report).await;
+        match held {
+            Ok(Held::Nothing) => {}
+            Ok(Held::Open) => report.add(Severity::Note, what, start, "its node has it in use or crashed"),
+            Ok(Held::Records) => dirty.push((journal, start)),
+            Err(error) => report.failure(what, start, &error),
         }
     }
     report.stats.dirty_journals = dirty.len() as u64;
     let why = match options.replay {
-        true => "it was not emptied: the state after its replay is checked",
-        false => "it was not emptied: findings may come from what it holds; mount the filesystem or check with replay",
+        Some(_) => "it holds records: the state after their replay is checked",
+        None => "it holds records, and findings may come from them: mount the filesystem, or check with replay",
     };
     for &(journal, start) in &dirty {
         report.add(Severity::Note, format!("journal {journal}"), start, why);
     }
-    if dirty.is_empty() || !options.replay {
-        return Ok(device);
-    }
+    let Some(runtime) = options.replay.as_ref().filter(|_| !dirty.is_empty()) else { return Ok(device) };
     let overlay: Arc<dyn Device> = Arc::new(Overlay::new(device));
     for &(journal, start) in &dirty {
-        if let Err(error) = crate::journal::replay(Arc::clone(&overlay), superblock, journal).await {
+        if let Err(error) = crate::journal::replay(&overlay, superblock, journal, runtime).await {
             report.failure(format!("journal {journal}"), start, &error);
         }
     }

@@ -16,7 +16,7 @@ mod walk;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use storage_control::{BlockAddr, Device};
+use storage_control::{BlockAddr, Device, Runtime};
 
 pub use report::{Finding, Report, Severity, Stats};
 
@@ -39,8 +39,9 @@ pub struct Progress {
 
 /// How to check.
 pub struct Options {
-    /// Replay dirty journals into memory and check the state that results, as the next mount would find it.
-    pub replay: bool,
+    /// Replay journals that hold records into memory and check the state that results, as the next mount would
+    /// find it. The runtime gives the pause before a torn record is believed.
+    pub replay: Option<Arc<dyn Runtime>>,
     /// Told now and then.
     pub progress: Option<Box<dyn Fn(Progress) + Send + Sync>>,
     /// Dinodes that are read at the same time.
@@ -51,7 +52,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { replay: false, progress: None, reads_in_flight: 32, max_findings: 1000 }
+        Self { replay: None, progress: None, reads_in_flight: 32, max_findings: 1000 }
     }
 }
 

@@ -8,7 +8,7 @@
 
 mod change;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use storage_control::{BLOCK_SIZE, BlockAddr};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
