@@ -11,3 +11,6 @@ pub mod journal;
 pub mod orphan;
 pub mod superblock;
 pub mod xattr;
+
+#[cfg(test)]
+mod doc;

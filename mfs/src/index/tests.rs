@@ -86,6 +86,8 @@ mod tests_stub {
         let superblock = Superblock { secret: crate::format::header::Secret([7; 16]), uuid: [1; 16], label: "x".into(), geometry, root: BlockAddr(5000), journal_blocks: 1024, journals, created: (0, 0), version: Clock(1) };
         let place = Place::of(&superblock, 0).unwrap();
         Head::new(&place, Clock(1)).write_both(&*device, &place).await.unwrap();
+        let at = BlockAddr(1062);
+        device.poke(at, |block| { crate::format::header::init(block, crate::format::header::BlockKind::Orphans, at, superblock.secret, LockName::Orphans(0)); crate::format::header::seal(block, Clock(1)); });
         (device, superblock)
     }
 }
