@@ -22,6 +22,7 @@ use crate::{
         journal::{self, ORPHANS_AT},
         superblock::{Geometry, JOURNAL_SLOTS, SUPERBLOCK_AREA, Superblock},
     },
+    inode::{Dinode, FileType},
     journal::{Head, Place},
     store::{Store, block_mut, block_of, wait::join_all},
 };
@@ -226,7 +227,8 @@ pub async fn mkfs(
         writer.write(addr, sealed(sb, BlockKind::Orphans, addr, place.owner(), |_| ())).await?;
         Head::new(&place, FIRST_CLOCK).write_both(&**device, &place).await?;
     }
-    let image = sealed(sb, BlockKind::Dinode, sb.root, LockName::Inode(sb.root.0), |_| ());
+    let root = root_directory(sb, options.now);
+    let image = sealed(sb, BlockKind::Dinode, sb.root, root.owner(), |block| root.encode(block));
     writer.write(sb.root, image).await?;
     writer.finish().await?;
     device.flush().await.map_err(FsError::from)?;
@@ -238,6 +240,13 @@ pub async fn mkfs(
     }
     progress(u64::from(geometry.groups), u64::from(geometry.groups));
     Ok(superblock)
+}
+
+/// The root directory: empty, its own parent.
+fn root_directory(sb: &Superblock, now: WallTime) -> Dinode {
+    let mut root = Dinode::new(sb.root.0, FIRST_CLOCK.0, FileType::Directory, 0o755, now);
+    root.parent = root.ino;
+    root
 }
 
 fn sealed(
