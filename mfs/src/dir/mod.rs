@@ -159,7 +159,10 @@ async fn visit_hash(
     // Without a tree the scan is short; with one, the leaf that covers the range is the only one as a rule.
     let mut key = range.start;
     let Content::DirentTree(root) = &dinode.content else {
-        return visit(store, dinode, range.start, |entry, path| entry.cookie < range.end && found(entry, path)).await;
+        return visit(store, dinode, range.start, |entry, path| {
+            entry.cookie < range.end && found(entry, path)
+        })
+        .await;
     };
     while key < range.end {
         let path = tree(store, dinode).descend(root, key).await?;

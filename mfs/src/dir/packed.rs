@@ -102,7 +102,11 @@ pub(super) fn leaf(path: &Path) -> Result<impl Iterator<Item = Result<Entry<'_>,
     Ok(entries(addr, path.leaf()?.bytes).map(move |entry| {
         let entry = entry?;
         if !covered.contains(&entry.cookie) {
-            return Err(FsError::corrupt("directory entries", addr, "they lie outside what their leaf covers"));
+            return Err(FsError::corrupt(
+                "directory entries",
+                addr,
+                "they lie outside what their leaf covers",
+            ));
         }
         Ok(entry)
     }))

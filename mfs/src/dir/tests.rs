@@ -21,7 +21,10 @@ fn packed_list(list: &[Entry<'_>]) -> Vec<u8> {
 #[test]
 fn golden_bytes_of_an_entry() {
     let bytes = packed_list(&[entry(3, b"ab")]);
-    assert_eq!(bytes, [0, 128, 1, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 8, 2, b'a', b'b']);
+    assert_eq!(
+        bytes,
+        [0, 128, 1, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 8, 2, b'a', b'b']
+    );
 }
 
 #[test]
@@ -91,7 +94,10 @@ mod on_a_store {
 
     async fn add(rig: &Rig, dir: &mut Dinode, name: &[u8], ino: u64) -> Result<u64, FsError> {
         let needs = insert_needs(dir);
-        rig.change(dir, needs, async |txn, res, dir| insert(&rig.store, txn, res, dir, name, target(ino)).await).await
+        rig.change(dir, needs, async |txn, res, dir| {
+            insert(&rig.store, txn, res, dir, name, target(ino)).await
+        })
+        .await
     }
 
     async fn take(rig: &Rig, dir: &mut Dinode, name: &[u8], free: bool) -> Option<Dirent> {
@@ -203,7 +209,9 @@ mod on_a_store {
                 let more = list(&rig.store, &dir, after, 10).await.unwrap();
                 let Some(last) = more.last() else { break };
                 after = last.cookie;
-                seen.extend(more.into_iter().filter(|dirent| dirent.name.starts_with(b"stays")).map(|d| d.ino));
+                seen.extend(
+                    more.into_iter().filter(|dirent| dirent.name.starts_with(b"stays")).map(|d| d.ino),
+                );
                 for _ in 0..5 {
                     n += 1;
                     add(&rig, &mut dir, format!("comes {n}").as_bytes(), 10_000 + n).await.unwrap();

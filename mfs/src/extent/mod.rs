@@ -240,7 +240,8 @@ pub async fn insert(
             (None, Shape::Inline(list)) => list.to_vec(),
             (None, _) => unreachable!("without a path the extents are inline"),
         };
-        let at = leaf::insert(&mut list, part).map_err(|why| FsError::corrupt("extents of inode", dinode.addr(), why))?;
+        let at = leaf::insert(&mut list, part)
+            .map_err(|why| FsError::corrupt("extents of inode", dinode.addr(), why))?;
         put_back(store, txn, Some(&mut *res), dinode, path.as_ref(), list, at).await?;
         dinode.blocks += u64::from(part.len);
     }

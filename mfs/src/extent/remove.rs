@@ -23,7 +23,11 @@ pub fn remove_needs(dinode: &Dinode, range: &Range<u64>) -> Needs {
 
 /// The next piece to free of what maps `range` (to truncate: `new_blocks..u64::MAX`); `None` when nothing
 /// maps it and no empty node is left in it.
-pub async fn next_to_free(store: &Store, dinode: &Dinode, range: Range<u64>) -> Result<Option<FreeStep>, FsError> {
+pub async fn next_to_free(
+    store: &Store,
+    dinode: &Dinode,
+    range: Range<u64>,
+) -> Result<Option<FreeStep>, FsError> {
     if range.is_empty() {
         return Ok(None);
     }
@@ -79,7 +83,9 @@ pub async fn remove_step(
         Shape::Tree(root) => Some(tree.descend(root, key).await?),
     };
     match step.piece {
-        Piece::Data { last } => remove_data(store, txn, guard, res, dinode, range.start..last + 1, path).await,
+        Piece::Data { last } => {
+            remove_data(store, txn, guard, res, dinode, range.start..last + 1, path).await
+        }
         Piece::Node { .. } | Piece::Xattr { .. } => {
             let path = path.expect("an empty node is part of a tree");
             remove_node(&tree, txn, guard, dinode, &path).await?;
@@ -103,18 +109,25 @@ async fn remove_data(
         (None, Shape::Inline(list)) => list.to_vec(),
         (None, _) => unreachable!("without a path the extents are inline"),
     };
-    let mut runs = Vec::new();
-    let mut group = None;
+    let geometry = store.geometry();
+    let mut runs: Vec<Run> = Vec::new();
     let mut at = list.partition_point(|extent| extent.logical < range.end);
     while at > 0 && list[at - 1].touches(&range) {
-        at -= 1;
-        let extent = list[at];
+        let extent = list[at - 1];
         let part = extent.clip(&range);
-        let of_last = store.superblock().geometry.group_of(BlockAddr(part.physical.0 + u64::from(part.len) - 1));
-        if *group.get_or_insert(of_last) != of_last {
-            at += 1;
+        let group = geometry.group_of(part.physical);
+        if group.is_none() || group != geometry.group_of(BlockAddr(part.physical.0 + u64::from(part.len) - 1))
+        {
+            return Err(FsError::corrupt(
+                "extents of inode",
+                dinode.addr(),
+                "one crosses its allocation group",
+            ));
+        }
+        if runs.first().is_some_and(|first| geometry.group_of(first.addr) != group) {
             break;
         }
+        at -= 1;
         list.remove(at);
         if extent.end() > part.end() {
             list.insert(at, extent.clip(&(part.end()..extent.end())));
@@ -127,11 +140,12 @@ async fn remove_data(
             break;
         }
     }
-    put_back(store, txn, res, dinode, path.as_ref(), list, at).await?;
+    // First what can still refuse: a bitmap that says otherwise.
     for run in &runs {
         guard.free_run(txn, *run).await?;
         dinode.blocks = dinode.blocks.saturating_sub(u64::from(run.len));
     }
+    put_back(store, txn, res, dinode, path.as_ref(), list, at).await?;
     Ok(runs)
 }
 

@@ -181,7 +181,10 @@ mod on_a_store {
                 add(&rig, &mut file, Extent::new(end / 400 * i - 1, place(i, 1000), 1)).await.unwrap();
             }
             assert_eq!(mapped(&rig, &file, 0..end).await.len(), 400);
-            assert_eq!(next_data(&rig.store, &file, 1).await.unwrap().map(|e| e.logical), Some(end / 400 - 1));
+            assert_eq!(
+                next_data(&rig.store, &file, 1).await.unwrap().map(|e| e.logical),
+                Some(end / 400 - 1)
+            );
             rig.empty(&mut file).await;
         });
     }

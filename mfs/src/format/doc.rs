@@ -46,9 +46,35 @@ macro_rules! documented {
 #[test]
 fn the_structures_of_inodes_are_as_documented() {
     documented!(dinode::RawDinode {
-        mode, uid, gid, nlink, size, blocks, generation, flags, project, rdev, parent, atime, mtime, ctime,
-        btime, atime_ns, mtime_ns, ctime_ns, btime_ns, format, depth, content_len, xattr_len, reserved_a,
-        xattr_root, entries, checksum_root, encryption_root, reserved_b,
+        mode,
+        uid,
+        gid,
+        nlink,
+        size,
+        blocks,
+        generation,
+        flags,
+        project,
+        rdev,
+        parent,
+        atime,
+        mtime,
+        ctime,
+        btime,
+        atime_ns,
+        mtime_ns,
+        ctime_ns,
+        btime_ns,
+        format,
+        depth,
+        content_len,
+        xattr_len,
+        reserved_a,
+        xattr_root,
+        entries,
+        checksum_root,
+        encryption_root,
+        reserved_b,
     });
     documented!(index::NodeHead { level, count, used, reserved_a, reserved_b });
     documented!(index::RawIndexEntry { key, child });

@@ -49,4 +49,3 @@ pub struct RawIndexEntry {
     /// Block of the child.
     pub child: U64,
 }
-

@@ -58,7 +58,11 @@ async fn check_headers(
             verify(&block, BlockKind::Journal, addr, &superblock.secret, place.owner())?;
             let header = JournalImage::of(&block);
             if header.journal.get() != journal || header.reserved.iter().any(|&byte| byte != 0) {
-                return Err(FsError::corrupt("journal header", addr, "it is another journal's or has stray bytes"));
+                return Err(FsError::corrupt(
+                    "journal header",
+                    addr,
+                    "it is another journal's or has stray bytes",
+                ));
             }
             Ok(())
         });
@@ -118,7 +122,9 @@ pub(super) async fn replay(
     report.stats.dirty_journals = dirty.len() as u64;
     let why = match options.replay {
         Some(_) => "it holds records: the state after their replay is checked",
-        None => "it holds records, and findings may come from them: mount the filesystem, or check with replay",
+        None => {
+            "it holds records, and findings may come from them: mount the filesystem, or check with replay"
+        }
     };
     for &(journal, start) in &dirty {
         report.add(Severity::Note, format!("journal {journal}"), start, why);
@@ -163,11 +169,17 @@ impl Checker<'_> {
             };
             for (_, orphan) in body.used {
                 let twice = match orphan.kind {
-                    OrphanKind::Free => self.orphans.insert(orphan.ino, (journal, orphan.generation)).is_some(),
+                    OrphanKind::Free => {
+                        self.orphans.insert(orphan.ino, (journal, orphan.generation)).is_some()
+                    }
                     OrphanKind::Truncate => !self.truncating.insert(orphan.ino),
                 };
                 if twice {
-                    self.report.error(what.as_str(), addr, format!("inode {} is in the tables twice", orphan.ino));
+                    self.report.error(
+                        what.as_str(),
+                        addr,
+                        format!("inode {} is in the tables twice", orphan.ino),
+                    );
                 }
             }
             next = body.next;

@@ -5,9 +5,7 @@ use storage_control::BlockAddr;
 use super::Checker;
 use super::report::Severity;
 use crate::LockName;
-use crate::format::group::{
-    BLOCKS_PER_BITMAP, BitmapImage, BlockState, GroupImage, bitmap_blocks,
-};
+use crate::format::group::{BLOCKS_PER_BITMAP, BitmapImage, BlockState, GroupImage, bitmap_blocks};
 use crate::format::header::{Block, BlockKind};
 use crate::format::superblock::Geometry;
 
@@ -133,9 +131,14 @@ impl Checker<'_> {
             }
         }
         self.end_run(group, run);
-        let said = [header.free, header.data, header.metadata, header.freed_metadata].map(|count| count.get());
+        let said =
+            [header.free, header.data, header.metadata, header.freed_metadata].map(|count| count.get());
         if said != counts {
-            self.report.error(what, start, format!("its header counts {said:?} blocks by state, its bitmaps {counts:?}"));
+            self.report.error(
+                what,
+                start,
+                format!("its header counts {said:?} blocks by state, its bitmaps {counts:?}"),
+            );
         }
         let stats = &mut self.report.stats;
         stats.free_blocks += u64::from(counts[0]);

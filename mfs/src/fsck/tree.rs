@@ -77,7 +77,11 @@ impl Checker<'_> {
                 }
             };
             if generation_of(&*block) != dinode.generation as u32 {
-                self.report.error(walk.what.as_str(), addr, "a block of its tree belongs to an earlier inode");
+                self.report.error(
+                    walk.what.as_str(),
+                    addr,
+                    "a block of its tree belongs to an earlier inode",
+                );
                 walk.broken = true;
             }
             if level == 0 {
@@ -92,7 +96,8 @@ impl Checker<'_> {
                     continue;
                 }
             };
-            let inside = children.iter().skip(1).all(|&(key, _)| key > lower && upper.is_none_or(|upper| key < upper));
+            let inside =
+                children.iter().skip(1).all(|&(key, _)| key > lower && upper.is_none_or(|upper| key < upper));
             if !inside {
                 self.report.error(walk.what.as_str(), addr, "an index node has keys outside what it covers");
                 walk.broken = true;

@@ -35,9 +35,15 @@ pub(super) struct Linked {
 enum Via<'a> {
     Root,
     /// By a name in this directory.
-    Name { dir: u64, entry: &'a Entry<'a> },
+    Name {
+        dir: u64,
+        entry: &'a Entry<'a>,
+    },
     /// By the table of a journal.
-    Orphan { journal: u16, generation: u64 },
+    Orphan {
+        journal: u16,
+        generation: u64,
+    },
 }
 
 fn shown(name: &[u8]) -> String {
@@ -93,7 +99,11 @@ impl Checker<'_> {
                 let mut below = Vec::new();
                 self.directory(&dinode, &mut below).await;
                 if dinode.entries != 0 {
-                    self.report.error(format!("orphan {ino}"), BlockAddr(ino), "it is a directory with entries");
+                    self.report.error(
+                        format!("orphan {ino}"),
+                        BlockAddr(ino),
+                        "it is a directory with entries",
+                    );
                 }
             }
         }
@@ -104,7 +114,9 @@ impl Checker<'_> {
         let addr = BlockAddr(ino);
         let what = match via {
             Via::Root => "root directory".to_string(),
-            Via::Name { dir, entry } => format!("inode {ino}, named {} in directory {dir}", shown(entry.name)),
+            Via::Name { dir, entry } => {
+                format!("inode {ino}, named {} in directory {dir}", shown(entry.name))
+            }
             Via::Orphan { journal, .. } => format!("inode {ino}, orphan of journal {journal}"),
         };
         if self.uses.get(addr) == BlockState::Metadata
@@ -206,7 +218,11 @@ impl Checker<'_> {
         }
         let truncating = dinode.has(flags::TRUNCATING);
         if truncating && !orphan && !self.truncating.contains(&dinode.ino) {
-            self.report.error(what, dinode.addr(), "it has the mark of a truncation and is in no orphan table");
+            self.report.error(
+                what,
+                dinode.addr(),
+                "it has the mark of a truncation and is in no orphan table",
+            );
         }
     }
 
@@ -233,7 +249,8 @@ impl Checker<'_> {
                                 self.report.error(what, leaf.addr, "a leaf has a wrong count of extents");
                             }
                             blocks += list.iter().map(|extent| u64::from(extent.len)).sum::<u64>();
-                            whole &= self.extents(dinode, what, &list, leaf.lower..leaf.upper.unwrap_or(u64::MAX));
+                            whole &=
+                                self.extents(dinode, what, &list, leaf.lower..leaf.upper.unwrap_or(u64::MAX));
                         }
                         Err(error) => {
                             self.report.failure(what, leaf.addr, &error);
@@ -308,7 +325,8 @@ impl Checker<'_> {
         }
         // An orphan's chain is freed from its end: its list may be cut off.
         if !dinode.has(flags::ORPHAN)
-            && let Err(error) = xattr::decode_list(dinode.addr(), if inline.is_empty() { &bytes } else { inline })
+            && let Err(error) =
+                xattr::decode_list(dinode.addr(), if inline.is_empty() { &bytes } else { inline })
         {
             self.report.failure(what, dinode.addr(), &error);
         }
@@ -368,7 +386,10 @@ impl Checker<'_> {
         }
         let links = if dinode.has(flags::ORPHAN) { 0 } else { 2 + tally.subdirectories };
         if links != u64::from(dinode.nlink) {
-            let why = format!("it has {} subdirectories and a link count of {}", tally.subdirectories, dinode.nlink);
+            let why = format!(
+                "it has {} subdirectories and a link count of {}",
+                tally.subdirectories, dinode.nlink
+            );
             self.report.error(what, dinode.addr(), why);
         }
     }
@@ -430,7 +451,14 @@ impl Checker<'_> {
     }
 
     /// Checks one entry against its place.
-    fn name(&mut self, dinode: &Dinode, what: &str, entry: &Entry<'_>, covered: &Range<u64>, tally: &mut Tally) {
+    fn name(
+        &mut self,
+        dinode: &Dinode,
+        what: &str,
+        entry: &Entry<'_>,
+        covered: &Range<u64>,
+        tally: &mut Tally,
+    ) {
         let name = shown(entry.name);
         let mut say = |why: String| self.report.error(what, dinode.addr(), why);
         if !covered.contains(&entry.cookie) {
@@ -509,7 +537,11 @@ async fn join_all<T>(futures: Vec<Pin<Box<dyn Future<Output = T> + Send>>>) -> V
                 Poll::Pending => waiting = true,
             }
         }
-        if waiting { Poll::Pending } else { Poll::Ready(results.iter_mut().filter_map(Option::take).collect()) }
+        if waiting {
+            Poll::Pending
+        } else {
+            Poll::Ready(results.iter_mut().filter_map(Option::take).collect())
+        }
     })
     .await
 }

@@ -71,10 +71,15 @@ impl Tree<'_> {
         txn.edit(addr, self.leaf, self.owner, |block| write_node(block, 0, leaf.count, &leaf.bytes)).await
     }
 
-    async fn edit_node(&self, txn: &mut Txn, addr: BlockAddr, level: u8, entries: &[IndexEntry]) -> Result<(), FsError> {
+    async fn edit_node(
+        &self,
+        txn: &mut Txn,
+        addr: BlockAddr,
+        level: u8,
+        entries: &[IndexEntry],
+    ) -> Result<(), FsError> {
         let bytes = encode_entries(entries);
-        txn.edit(addr, self.index, self.owner, |block| write_node(block, level, entries.len(), &bytes))
-            .await
+        txn.edit(addr, self.index, self.owner, |block| write_node(block, level, entries.len(), &bytes)).await
     }
 
     /// Makes a tree of what no longer fits the dinode. Adds to `blocks` what it takes.
@@ -210,23 +215,26 @@ impl Tree<'_> {
         root: &mut Root,
         path: &Path,
     ) -> Result<bool, FsError> {
-        let addr = path.end_addr();
         let above = match path.end {
             End::Leaf { .. } => path.nodes.last(),
             End::EmptyNode => path.nodes.iter().rev().nth(1),
         };
-        match above {
+        let left = match above {
             Some(node) => {
                 let mut entries = node.entries()?;
                 entries.remove(node.slot);
-                self.edit_node(txn, node.addr, node.level, &entries).await?;
+                Some((node, entries))
             }
+            None => None,
+        };
+        guard.free_meta(txn, path.end_addr()).await?;
+        *blocks = blocks.saturating_sub(1);
+        match left {
+            Some((node, entries)) => self.edit_node(txn, node.addr, node.level, &entries).await?,
             None => {
                 root.entries.remove(path.root_slot);
             }
         }
-        guard.free_meta(txn, addr).await?;
-        *blocks = blocks.saturating_sub(1);
         Ok(root.entries.is_empty())
     }
 }

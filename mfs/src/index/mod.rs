@@ -17,7 +17,9 @@ pub(crate) use change::{LeafBytes, Split, cut, needs_insert};
 
 use crate::error::FsError;
 use crate::format::header::{BlockKind, Header};
-use crate::format::index::{ENTRIES_AT, ENTRIES_SIZE, HEAD_AT, INDEX_MAX, MAX_DEPTH, NodeHead, RawIndexEntry};
+use crate::format::index::{
+    ENTRIES_AT, ENTRIES_SIZE, HEAD_AT, INDEX_MAX, MAX_DEPTH, NodeHead, RawIndexEntry,
+};
 use crate::lock_name::LockName;
 use crate::store::{Image, Store};
 

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
-use storage_control::{LamportClock, MemDevice, Runtime, TestRuntime, WallTime};
+use lcl::Lcl;
+use storage_control::{Device, LamportClock, MemDevice, Runtime, TestRuntime, WallTime};
 
 use super::*;
 use crate::alloc::{Alloc, Reservation, Want};
+use crate::format::superblock::Superblock;
 use crate::inode::{self, Dinode, FileType, Needs};
+use crate::mkfs::{Options, mkfs};
 use crate::store::Txn;
 
 /// A filesystem in memory.
@@ -19,12 +22,35 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) async fn new() -> Rig {
-        let (device, superblock) = tests_stub::format().await;
+        Rig::with_blocks(100_000).await
+    }
+
+    /// One of that many blocks.
+    pub(crate) async fn with_blocks(blocks: u64) -> Rig {
+        let device = Arc::new(MemDevice::new(blocks));
+        let options = Options {
+            blocks,
+            fs_start: BlockAddr(1040),
+            label: String::new(),
+            uuid: [1; 16],
+            secret: [7; 16],
+            now: WallTime::default(),
+            journals: Some(1),
+            group_blocks: None,
+        };
+        let below: Arc<dyn Device> = device.clone();
+        mkfs(&below, &options, |_, _| ()).await.unwrap();
+        Rig::open(device).await
+    }
+
+    /// Opens what is on a device.
+    pub(crate) async fn open(device: Arc<MemDevice>) -> Rig {
         let runtime: Arc<dyn Runtime> = Arc::new(TestRuntime::new());
+        let below: Arc<dyn Device> = device.clone();
+        let (superblock, _) = Superblock::read(&*below, BlockAddr(1040)).await.unwrap();
         let clock = Arc::new(LamportClock::default());
-        let below: Arc<dyn storage_control::Device> = device.clone();
         let store = Store::open(below, superblock, 0, clock, Arc::clone(&runtime)).await.unwrap();
-        let alloc = Alloc::new(store.clone());
+        let alloc = Alloc::new(store.clone(), Lcl::solo(Arc::clone(&runtime)));
         Rig { device, runtime, store, alloc }
     }
 
@@ -47,7 +73,7 @@ impl Rig {
         change: impl AsyncFnOnce(&mut Txn, &mut Reservation, &mut Dinode) -> Result<R, FsError>,
     ) -> Result<R, FsError> {
         let mut res = self.alloc.reserve(Want { meta: needs.meta, ..Want::default() }).await?;
-        let mut txn = self.store.begin(needs.credits + BITMAP_CREDITS).await?;
+        let mut txn = self.store.begin(needs.credits + 1 + res.credits() + BITMAP_CREDITS).await?;
         let result = change(&mut txn, &mut res, dinode).await?;
         inode::write(&mut txn, dinode).await?;
         Ok(result)
@@ -73,25 +99,6 @@ impl Rig {
 /// The dinode, and what one step can touch of a group.
 pub(crate) const BITMAP_CREDITS: u32 = 40;
 
-mod tests_stub {
-    use super::*;
-    use crate::format::superblock::{Geometry, Superblock};
-    use crate::journal::{Head, Place};
-    use storage_control::{BlockAddr, Clock};
-    pub(super) async fn format() -> (Arc<MemDevice>, Superblock) {
-        let device = Arc::new(MemDevice::new(100_000));
-        let geometry = Geometry { blocks: 100_000, fs_start: BlockAddr(1040), groups_start: BlockAddr(1056), group_blocks: 2048, groups: 48 };
-        let mut journals = vec![None; 256];
-        journals[0] = Some(BlockAddr(1060));
-        let superblock = Superblock { secret: crate::format::header::Secret([7; 16]), uuid: [1; 16], label: "x".into(), geometry, root: BlockAddr(5000), journal_blocks: 1024, journals, created: (0, 0), version: Clock(1) };
-        let place = Place::of(&superblock, 0).unwrap();
-        Head::new(&place, Clock(1)).write_both(&*device, &place).await.unwrap();
-        let at = BlockAddr(1062);
-        device.poke(at, |block| { crate::format::header::init(block, crate::format::header::BlockKind::Orphans, at, superblock.secret, LockName::Orphans(0)); crate::format::header::seal(block, Clock(1)); });
-        (device, superblock)
-    }
-}
-
 #[test]
 fn the_slot_of_a_key_is_that_of_the_last_lower_one() {
     let keys = [10, 20, 30];
@@ -106,7 +113,9 @@ fn hostile_nodes_are_refused() {
     write_node(&mut good, 2, 2, &encode_entries(&entries));
     let read = |block: &[u8]| decode_entries(BlockAddr(9), node_body(BlockAddr(9), 2, block)?.bytes);
     assert_eq!(read(&good).unwrap(), entries);
-    for (at, value) in [(0, 1), (1, 1), (2, 3), (3, 255), (4, 31), (5, 255), (6, 1), (15, 1), (16, 5), (23, 1)] {
+    for (at, value) in
+        [(0, 1), (1, 1), (2, 3), (3, 255), (4, 31), (5, 255), (6, 1), (15, 1), (16, 5), (23, 1)]
+    {
         let mut bad = good;
         bad[HEAD_AT + at] = value;
         assert!(read(&bad).is_err(), "{value} at {at}");

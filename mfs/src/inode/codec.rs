@@ -23,7 +23,8 @@ pub(super) fn decode(ino: u64, block: &[u8]) -> Result<Dinode, FsError> {
     if block.len() != BLOCK_SIZE {
         return Err(bad(ino, "it is not one block"));
     }
-    let raw = RawDinode::read_from_bytes(&block[FIXED_AT..AREA_AT]).expect("the fixed fields have their size");
+    let raw =
+        RawDinode::read_from_bytes(&block[FIXED_AT..AREA_AT]).expect("the fixed fields have their size");
     let mode = raw.mode.get();
     let kind = (mode >> 16 == 0).then(|| FileType::from_raw((mode >> 12) as u8)).flatten();
     let Some(kind) = kind else { return Err(bad(ino, "its mode is of no file type")) };

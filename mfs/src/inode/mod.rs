@@ -298,7 +298,9 @@ pub fn create(txn: &mut Txn, dinode: &Dinode) {
 pub async fn next_to_free(store: &Store, dinode: &Dinode) -> Result<Option<FreeStep>, FsError> {
     let content = match &dinode.content {
         Content::None | Content::Data(_) | Content::Dirents(_) => None,
-        Content::Extents(_) | Content::ExtentTree(_) => crate::extent::next_to_free(store, dinode, 0..u64::MAX).await?,
+        Content::Extents(_) | Content::ExtentTree(_) => {
+            crate::extent::next_to_free(store, dinode, 0..u64::MAX).await?
+        }
         Content::DirentTree(_) => crate::dir::next_to_free(store, dinode).await?,
     };
     match content {

@@ -39,10 +39,8 @@ fn with_content(kind: FileType, content: Content) -> Dinode {
 }
 
 fn samples() -> Vec<Dinode> {
-    let entries = vec![
-        IndexEntry { key: 0, child: BlockAddr(70) },
-        IndexEntry { key: 500, child: BlockAddr(71) },
-    ];
+    let entries =
+        vec![IndexEntry { key: 0, child: BlockAddr(70) }, IndexEntry { key: 500, child: BlockAddr(71) }];
     let root = Root { depth: 3, entries };
     vec![
         with_content(FileType::Regular, Content::Data(b"hello".to_vec())),

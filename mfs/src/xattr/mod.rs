@@ -224,7 +224,9 @@ pub async fn free_step(
     dinode: &mut Dinode,
     step: FreeStep,
 ) -> Result<(), FsError> {
-    let Piece::Xattr { before } = step.piece else { panic!("a step of extended attributes frees their block") };
+    let Piece::Xattr { before } = step.piece else {
+        panic!("a step of extended attributes frees their block")
+    };
     match before {
         Some(before) => {
             txn.edit(before, BlockKind::Xattr, dinode.owner(), |block| {

@@ -38,7 +38,9 @@ mod on_a_store {
 
     async fn carry_out(rig: &Rig, dinode: &mut Dinode, change: Change) {
         let needs = change.needs();
-        rig.change(dinode, needs, async |txn, res, dinode| apply(txn, res, dinode, change).await).await.unwrap();
+        rig.change(dinode, needs, async |txn, res, dinode| apply(txn, res, dinode, change).await)
+            .await
+            .unwrap();
         while let Some(step) = next_to_free(&rig.store, dinode, false).await.unwrap() {
             let guard = rig.alloc.lock_groups_for_free(&[step.addr]).await.unwrap();
             let mut txn = rig.store.begin(inode::FREE_STEP_CREDITS + BITMAP_CREDITS).await.unwrap();
