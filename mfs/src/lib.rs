@@ -3,11 +3,13 @@
 //! No block is changed outside a transaction; no transaction is open while a cluster lock is awaited.
 
 pub mod alloc;
+mod background;
 pub mod callouts;
 pub mod data;
 pub mod dir;
 pub mod error;
 pub mod extent;
+pub mod filesystem;
 pub mod format;
 pub mod fsck;
 pub mod fuse;
@@ -24,4 +26,5 @@ pub mod store;
 pub mod xattr;
 
 pub use error::FsError;
+pub use filesystem::{Filesystem, LeaseTime, Options, Parts};
 pub use lock_name::LockName;

@@ -1,0 +1,581 @@
+//! Write-back: dirty data get blocks and go to the device, then the map and the size follow.
+//!
+//! For new blocks: reserve in memory, write, flush, then one transaction logs bitmap, map and size. Blocks that
+//! the file has already are written in place. A failure that is not the end of this node's access is remembered
+//! for `fsync` and `close`, and the data are gone.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+use dlm::Mode;
+use lcl::{Guard, Scope};
+use storage_control::{BLOCK_SIZE, BlockAddr, Durability, Instant, IoSlice};
+use tokio::sync::Semaphore;
+
+use super::chunks::{CHUNK_BLOCKS, Captured};
+use super::read::is_closed;
+use super::{AGE_CHECK, FileState, Pending, WRITE_BACK_AFTER, WriteSeq};
+use crate::alloc::{Reservation, Run, Want};
+use crate::extent::{self, Extent, Mapping};
+use crate::filesystem::{Filesystem, group_of};
+use crate::inode::{self, Content, Dinode, Needs};
+use crate::inode_table::Inode;
+use crate::lock_name::LockName;
+use crate::ops::Result;
+
+const BLOCK: u64 = BLOCK_SIZE as u64;
+/// Blocks taken for write-back at a time: 32 MiB.
+const BATCH_BLOCKS: u64 = 8192;
+/// Blocks in one request to the device: 1 MiB.
+const REQUEST_BLOCKS: u64 = 256;
+/// Inodes written back at a time.
+const AT_A_TIME: usize = 16;
+/// Credits one transaction of a write-back may take.
+const MAX_CREDITS: u32 = 200;
+/// Rounds of the age check between two sweeps of the inode table.
+const SWEEP_EVERY: u32 = 60;
+
+/// How far write-back goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum HowFar {
+    All,
+    /// Times alone are not worth a transaction.
+    Data,
+}
+
+impl Filesystem {
+    /// Writes back what has been dirty for long, or everything when memory is short, until the end.
+    pub(crate) async fn write_back_by_age(self: Arc<Self>) {
+        let slots = Arc::new(Semaphore::new(AT_A_TIME));
+        let mut rounds = 0_u32;
+        loop {
+            let next = self.background.unless_stopped(self.next_round());
+            if next.await.is_none() || self.alive().is_err() {
+                return;
+            }
+            loop {
+                let age = if self.data.is_crowded() { 0 } else { WRITE_BACK_AFTER.as_nanos() as u64 };
+                let limit = Instant(self.runtime.now().0.saturating_sub(age));
+                let Some(inode) = self.data.oldest_dirty(limit) else { break };
+                let Ok(slot) = slots.clone().acquire_owned().await else { return };
+                let fs = self.clone();
+                self.background.spawn(&*self.runtime, async move {
+                    // An error is the end of this node's access, or is remembered in the inode.
+                    if let Err(error) = fs.write_back_cached(&inode).await {
+                        tracing::warn!(%error, ino = inode.ino.0, "write-back failed");
+                    }
+                    let ino = inode.ino;
+                    drop((inode, slot));
+                    fs.table.release_unused(ino);
+                });
+            }
+            rounds += 1;
+            if rounds % SWEEP_EVERY == 0 {
+                self.table.sweep();
+            }
+        }
+    }
+
+    async fn next_round(&self) {
+        let mut tick = self.runtime.sleep(AGE_CHECK);
+        let mut wanted = std::pin::pin!(self.data.wanted.notified());
+        std::future::poll_fn(|cx| {
+            if tick.as_mut().poll(cx).is_ready() {
+                std::task::Poll::Ready(())
+            } else {
+                wanted.as_mut().poll(cx)
+            }
+        })
+        .await
+    }
+
+    fn inode_lock_in_hand(&self, inode: &Inode) -> Option<Guard> {
+        let name = LockName::Inode(inode.ino.0).resource(&self.geometry);
+        self.lcl.try_cached(name, Mode::EX, Scope::Server)
+    }
+
+    /// Writes back an inode whose lock is here; one whose lock is going is written back by that.
+    async fn write_back_cached(&self, inode: &Arc<Inode>) -> Result<()> {
+        let result = match self.inode_lock_in_hand(inode) {
+            Some(_guard) => self.write_back(inode, HowFar::All).await,
+            None => Ok(()),
+        };
+        // It left the queue of dirty inodes.
+        let mut state = inode.data.lock();
+        state.dirty_since = None;
+        if state.is_dirty() && !inode.reaped.load(SeqCst) {
+            self.data.became_dirty(inode, &mut state, self.runtime.now());
+        }
+        result
+    }
+
+    /// Writes back everything of an inode, whatever happens to its lock meanwhile.
+    pub(crate) async fn write_back_all_of(&self, inode: &Arc<Inode>) -> Result<()> {
+        if !inode.data.lock().is_dirty() {
+            return Ok(());
+        }
+        let _guard = self.lock_for_write_back(inode).await?;
+        self.write_back(inode, HowFar::All).await
+    }
+
+    /// The lock that keeps the data here, or, if it is going, shared again when it is gone and with it the data.
+    async fn lock_for_write_back(&self, inode: &Inode) -> Result<Guard> {
+        match self.inode_lock_in_hand(inode) {
+            Some(guard) => Ok(guard),
+            None => self.lock(LockName::Inode(inode.ino.0), Mode::PR, Scope::Server).await,
+        }
+    }
+
+    /// Before the inode's lock goes: nobody is inside. The device has the data afterwards, for every node.
+    pub(crate) async fn write_back_for_release(&self, inode: &Arc<Inode>) -> Result<()> {
+        self.write_back(inode, HowFar::All).await?;
+        let last_write = inode.data.lock().last_write;
+        self.data.flush.upto(last_write).await
+    }
+
+    /// `fsync`: returns when all that was written before is stable, or with the error of an earlier write-back.
+    pub(crate) async fn make_stable(&self, inode: &Arc<Inode>, data_only: bool) -> Result<()> {
+        if inode.data.lock().is_dirty() {
+            let _guard = self.lock_for_write_back(inode).await?;
+            self.write_back(inode, if data_only { HowFar::Data } else { HowFar::All }).await?;
+        }
+        let (last_write, last_txn, error) = {
+            let mut state = inode.data.lock();
+            (state.last_write, state.last_txn, state.error.take())
+        };
+        if let Some(error) = error {
+            return Err(error);
+        }
+        self.data.flush.upto(last_write).await?;
+        match last_txn {
+            Some(txn) => self.store.commit_upto(txn).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Writes back what has promised space. Who calls keeps a group from going; an inode in which somebody may be
+    /// waiting for a group is left out.
+    pub(crate) async fn write_back_promised(&self) {
+        for inode in self.table.all() {
+            if inode.data.lock().promise.is_none() {
+                continue;
+            }
+            let (Some(_guard), Ok(_alone)) = (self.inode_lock_in_hand(&inode), inode.writeback.try_lock())
+            else {
+                continue;
+            };
+            loop {
+                match self.write_back_batch(&inode, HowFar::All).await {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    // The end of this node's access: the lock that wanted this is kept.
+                    Err(_) => return,
+                }
+            }
+        }
+    }
+
+    async fn write_back(&self, inode: &Arc<Inode>, what: HowFar) -> Result<()> {
+        let _one_at_a_time = inode.writeback.lock().await;
+        while self.write_back_batch(inode, what).await? {}
+        Ok(())
+    }
+
+    /// Writes back up to a batch; whether more may be left.
+    async fn write_back_batch(&self, inode: &Arc<Inode>, what: HowFar) -> Result<bool> {
+        {
+            let state = inode.data.lock();
+            let data = state.chunks.any_dirty() || state.pending.size.is_some();
+            if !data && (what == HowFar::Data || state.pending.is_none()) {
+                return Ok(false);
+            }
+        }
+        let dinode = inode::read(&self.store, inode.ino.0).await?;
+        let size = inode.data.lock().size(dinode.size);
+        if let Content::Data(bytes) = &dinode.content {
+            if size <= dinode.inline_room() as u64 {
+                return self.write_back_inline(inode).await;
+            }
+            if !bytes.is_empty() {
+                // Small content leaves the dinode: it is written like everything else.
+                self.load(inode, &[0], size).await?;
+                let busy = inode.data.lock().chunks.dirty(0..1);
+                self.data.add_busy(busy);
+            }
+        }
+        let (captured, pending, more) = {
+            let mut state = inode.data.lock();
+            let captured = state.chunks.capture(BATCH_BLOCKS);
+            (captured, state.pending, state.chunks.any_dirty())
+        };
+        match self.write_captured(inode, &dinode, &captured, pending, more, what).await {
+            Ok(pending_done) => {
+                self.written(inode, &captured, pending_done);
+                Ok(more)
+            }
+            Err(error) if is_closed(self, &error) => {
+                inode.data.lock().chunks.give_back(&captured);
+                Err(error)
+            }
+            Err(error) => {
+                tracing::error!(%error, ino = inode.ino.0, "file data are lost");
+                let mut state = inode.data.lock();
+                let freed = state.chunks.lost(&captured);
+                state.error.get_or_insert(error);
+                drop(state);
+                self.data.sub_busy(freed);
+                // Size and times are still to be written; they fail for good only with the whole store.
+                Ok(more)
+            }
+        }
+    }
+
+    /// What was captured is on the device and reachable.
+    fn written(&self, inode: &Arc<Inode>, captured: &[Captured], pending: Pending) {
+        let mut state = inode.data.lock();
+        let freed = state.chunks.written(captured);
+        forget_pending(&mut state, &pending);
+        if state.chunks.busy_blocks() == 0 {
+            state.promise = None;
+        }
+        if !state.is_dirty() {
+            state.dirty_since = None;
+        }
+        drop(state);
+        self.data.sub_busy(freed);
+        self.data.used(inode, captured.iter().map(|c| c.no));
+    }
+
+    /// Puts small content into the dinode.
+    async fn write_back_inline(&self, inode: &Arc<Inode>) -> Result<bool> {
+        let _edit = inode.edit.write().await;
+        let mut dinode = inode::read(&self.store, inode.ino.0).await?;
+        let mut txn = self.store.begin(1).await?;
+        let (captured, pending, size) = {
+            let mut state = inode.data.lock();
+            (state.chunks.capture(1), state.pending, state.size(dinode.size))
+        };
+        // Between the look at the size and here it may have grown.
+        if size > dinode.inline_room() as u64 {
+            inode.data.lock().chunks.give_back(&captured);
+            return Ok(true);
+        }
+        let mut bytes = match std::mem::replace(&mut dinode.content, Content::None) {
+            Content::Data(bytes) => bytes,
+            _ => unreachable!("only write-back moves content out of a dinode"),
+        };
+        bytes.resize(size as usize, 0);
+        inode.data.lock().chunks.copy_out(0, &mut bytes);
+        dinode.content = Content::Data(bytes);
+        dinode.size = size;
+        apply_times(&mut dinode, &pending);
+        let result = inode::write(&mut txn, &dinode).await;
+        self.changed(&txn, inode);
+        self.finish(txn, result)?;
+        self.written(inode, &captured, pending);
+        Ok(false)
+    }
+
+    /// Writes captured blocks and what belongs to them; returns what of `pending` is in the dinode now.
+    async fn write_captured(
+        &self,
+        inode: &Arc<Inode>,
+        dinode: &Dinode,
+        captured: &[Captured],
+        pending: Pending,
+        more: bool,
+        what: HowFar,
+    ) -> Result<Pending> {
+        let runs = merged_runs(captured);
+        let mut layout = self.layout(dinode, &runs).await?;
+        let space = self.allocate(inode, dinode, &mut layout).await?;
+        let written = self.write_blocks(&layout, captured).await?;
+        if let Some(seq) = written {
+            inode.data.lock().last_write = seq;
+        }
+        // What is beyond this batch is not on the device: neither is the size that counts it.
+        let size = match (pending.size, runs.last()) {
+            (Some(size), Some(last)) if more => Some(size.min(last.end * BLOCK)),
+            (Some(_), None) if more => None,
+            (size, _) => size,
+        };
+        let only_times = space.is_none() && size.is_none();
+        if only_times && (more || what == HowFar::Data || pending.is_none()) {
+            return Ok(Pending::default());
+        }
+        if let Some(seq) = written
+            && !only_times
+        {
+            self.data.flush.upto(seq).await?;
+        }
+        let new: Vec<Extent> = layout.iter().filter(|p| p.new).map(|p| p.extent).collect();
+        self.log(inode, new, space, size, if more { Pending::default() } else { pending }).await?;
+        Ok(if more { Pending::default() } else { pending })
+    }
+
+    /// Where the runs of blocks lie; holes are marked as new and have no place yet.
+    async fn layout(&self, dinode: &Dinode, runs: &[Range<u64>]) -> Result<Vec<Placed>> {
+        let mut layout = Vec::new();
+        for run in runs {
+            for mapping in extent::map(&self.store, dinode, run.start, run.end - run.start).await? {
+                match mapping {
+                    Mapping::Data(extent) => layout.push(Placed { extent, new: false }),
+                    Mapping::Hole { logical, len } => {
+                        let len = u32::try_from(len).expect("a batch has fewer blocks");
+                        layout.push(Placed { extent: Extent::new(logical, BlockAddr(0), len), new: true });
+                    }
+                }
+            }
+        }
+        Ok(layout)
+    }
+
+    /// Gives the holes blocks, and reserves what the map may need for them.
+    async fn allocate(
+        &self,
+        inode: &Inode,
+        dinode: &Dinode,
+        layout: &mut Vec<Placed>,
+    ) -> Result<Option<Reservation>> {
+        let Some(first) = layout.iter().find(|p| p.new).map(|p| p.extent.logical) else { return Ok(None) };
+        let data: u32 = layout.iter().filter(|p| p.new).map(|p| p.extent.len).sum();
+        let before = match first.checked_sub(1) {
+            Some(block) => extent::map(&self.store, dinode, block, 1).await?.pop(),
+            None => None,
+        };
+        let goal = match before {
+            Some(Mapping::Data(e)) => Some(BlockAddr(e.physical.0 + 1)),
+            Some(Mapping::Hole { .. }) | None => None,
+        };
+        let near = match goal {
+            Some(goal) => self.geometry.group_of(goal),
+            None => group_of(&self.geometry, inode.ino),
+        };
+        let mut meta = self.map_needs(dinode, layout).await?.meta;
+        loop {
+            let want = Want { meta, data, near, goal, contiguous_hint: data, urgent: false };
+            let space = self.reserve_from_promise(inode, want).await?;
+            let placed = place(layout, space.runs());
+            // Several runs for one hole are several extents. Nothing is written yet: ask again for more.
+            let needed = self.map_needs(dinode, &placed).await?.meta;
+            if needed <= meta {
+                *layout = placed;
+                return Ok(Some(space));
+            }
+            drop(space);
+            meta = needed * 2;
+            self.promise_again(inode, data);
+        }
+    }
+
+    /// What mapping the new extents may need in all.
+    async fn map_needs(&self, dinode: &Dinode, layout: &[Placed]) -> Result<Needs> {
+        let mut needs = Needs::default();
+        for placed in layout.iter().filter(|p| p.new) {
+            let e = &placed.extent;
+            needs = needs + extent::insert_needs(&self.store, dinode, e.logical, e.len.into()).await?;
+        }
+        Ok(needs)
+    }
+
+    async fn reserve_from_promise(&self, inode: &Inode, want: Want) -> Result<Reservation> {
+        let promise = inode.data.lock().promise.take();
+        let Some(mut promise) = promise else { return self.alloc.reserve(want).await };
+        let result = self.alloc.reserve_promised(&mut promise, want).await;
+        self.keep_promise(&mut inode.data.lock(), Some(promise), u64::MAX);
+        result
+    }
+
+    /// A reservation that was given back took its blocks off the promise.
+    fn promise_again(&self, inode: &Inode, blocks: u32) {
+        if let Ok(promise) = self.alloc.promise(blocks.into()) {
+            self.keep_promise(&mut inode.data.lock(), Some(promise), u64::MAX);
+        }
+    }
+
+    /// Writes the blocks to their places, all at once.
+    async fn write_blocks(&self, layout: &[Placed], captured: &[Captured]) -> Result<Option<WriteSeq>> {
+        let mut requests = Vec::new();
+        for placed in layout {
+            let e = &placed.extent;
+            let mut at = e.logical;
+            while at < e.end() {
+                let end = e.end().min(at + REQUEST_BLOCKS);
+                let place = BlockAddr(e.physical.0 + (at - e.logical));
+                requests.push(self.device.write(place, gather(captured, at..end), Durability::Cached));
+                at = end;
+            }
+        }
+        if requests.is_empty() {
+            return Ok(None);
+        }
+        let mut result = Ok(());
+        for request in requests {
+            // Each is under way already, and none may be left behind.
+            let done = request.await;
+            if result.is_ok() {
+                result = done;
+            }
+        }
+        let seq = self.data.flush.completed();
+        result?;
+        Ok(Some(seq))
+    }
+
+    /// Logs bitmap, map and size, in as many transactions as it takes.
+    async fn log(
+        &self,
+        inode: &Arc<Inode>,
+        new: Vec<Extent>,
+        mut space: Option<Reservation>,
+        size: Option<u64>,
+        pending: Pending,
+    ) -> Result<()> {
+        let mut rest = &new[..];
+        loop {
+            // Only write-back, which excludes itself, changes the map.
+            let dinode = inode::read(&self.store, inode.ino.0).await?;
+            let bitmaps = space.as_ref().map_or(0, Reservation::credits);
+            let (count, needs) = self.fitting(&dinode, rest, bitmaps).await?;
+            let (now, later) = rest.split_at(count);
+            let _edit = inode.edit.write().await;
+            let mut dinode = inode::read(&self.store, inode.ino.0).await?;
+            let mut txn = self.store.begin(needs.credits + 1 + bitmaps).await?;
+            let result = async {
+                if !now.is_empty() || size.is_some_and(|size| size > dinode.inline_room() as u64) {
+                    leave_inline(&mut dinode);
+                }
+                for extent in now {
+                    let space = space.as_mut().expect("new extents come out of a reservation");
+                    space.log_run(&mut txn, Run { addr: extent.physical, len: extent.len }).await?;
+                    extent::insert(&self.store, &mut txn, space, &mut dinode, *extent).await?;
+                }
+                if let Some(size) = size {
+                    let reached = now.last().map_or(0, |e| e.end() * BLOCK);
+                    dinode.size = if later.is_empty() { size } else { dinode.size.max(reached.min(size)) };
+                }
+                if later.is_empty() {
+                    apply_times(&mut dinode, &pending);
+                }
+                inode::write(&mut txn, &dinode).await
+            }
+            .await;
+            self.changed(&txn, inode);
+            self.finish::<()>(txn, result)?;
+            if later.is_empty() {
+                return Ok(());
+            }
+            rest = later;
+        }
+    }
+
+    /// How many of the extents fit a transaction, and what they need.
+    async fn fitting(&self, dinode: &Dinode, extents: &[Extent], bitmaps: u32) -> Result<(usize, Needs)> {
+        let budget = MAX_CREDITS.min(self.store.max_credits() / 4).saturating_sub(bitmaps);
+        let mut total = Needs::default();
+        for (i, extent) in extents.iter().enumerate() {
+            let needs = extent::insert_needs(&self.store, dinode, extent.logical, extent.len.into()).await?;
+            let sum = total + needs;
+            if i > 0 && sum.credits > budget {
+                return Ok((i, total));
+            }
+            total = sum;
+        }
+        Ok((extents.len(), total))
+    }
+}
+
+/// Blocks of the file and their place on the device.
+#[derive(Clone, Copy)]
+struct Placed {
+    extent: Extent,
+    /// Not in the map yet.
+    new: bool,
+}
+
+/// Gives the holes of a layout these runs; a hole that gets several becomes several.
+fn place(layout: &[Placed], runs: &[Run]) -> Vec<Placed> {
+    let mut runs = runs.iter().copied();
+    let mut run = Run { addr: BlockAddr(0), len: 0 };
+    let mut placed = Vec::with_capacity(layout.len());
+    for piece in layout {
+        if !piece.new {
+            placed.push(*piece);
+            continue;
+        }
+        let (mut logical, mut left) = (piece.extent.logical, piece.extent.len);
+        while left > 0 {
+            if run.len == 0 {
+                run = runs.next().expect("a reservation has as many blocks as were wanted");
+            }
+            let len = left.min(run.len);
+            placed.push(Placed { extent: Extent::new(logical, run.addr, len), new: true });
+            (logical, left) = (logical + u64::from(len), left - len);
+            run = Run { addr: BlockAddr(run.addr.0 + u64::from(len)), len: run.len - len };
+        }
+    }
+    placed
+}
+
+/// Content that outgrew the dinode is in blocks from now on.
+fn leave_inline(dinode: &mut Dinode) {
+    if let Content::Data(_) = dinode.content {
+        dinode.content = Content::Extents(Vec::new());
+    }
+}
+
+/// The captured blocks as runs, in order.
+fn merged_runs(captured: &[Captured]) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for run in captured.iter().flat_map(Captured::runs) {
+        match runs.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => runs.push(run),
+        }
+    }
+    runs
+}
+
+/// The bytes of captured blocks.
+fn gather(captured: &[Captured], blocks: Range<u64>) -> Vec<IoSlice> {
+    let mut slices = Vec::new();
+    let mut at = blocks.start;
+    while at < blocks.end {
+        let no = at / CHUNK_BLOCKS;
+        let i = captured.binary_search_by_key(&no, |c| c.no.0).expect("the blocks were captured");
+        let end = blocks.end.min((no + 1) * CHUNK_BLOCKS);
+        slices.push(IoSlice {
+            buf: captured[i].buf.clone(),
+            offset: ((at - no * CHUNK_BLOCKS) * BLOCK) as usize,
+            len: ((end - at) * BLOCK) as usize,
+        });
+        at = end;
+    }
+    slices
+}
+
+fn apply_times(dinode: &mut Dinode, pending: &Pending) {
+    dinode.atime = pending.atime.unwrap_or(dinode.atime);
+    dinode.mtime = pending.mtime.unwrap_or(dinode.mtime);
+    // A change of attributes meanwhile may have set a later one.
+    dinode.ctime = dinode.ctime.max(pending.ctime.unwrap_or(dinode.ctime));
+    dinode.perm &= !pending.clear_perm;
+}
+
+/// What is in the dinode now is not pending any more, unless it changed meanwhile.
+fn forget_pending(state: &mut FileState, done: &Pending) {
+    let p = &mut state.pending;
+    let same = |now: &mut Option<_>, done: Option<_>| {
+        if *now == done {
+            *now = None;
+        }
+    };
+    same(&mut p.atime, done.atime);
+    same(&mut p.mtime, done.mtime);
+    same(&mut p.ctime, done.ctime);
+    p.clear_perm &= !done.clear_perm;
+    if p.size == done.size {
+        p.size = None;
+    }
+}
