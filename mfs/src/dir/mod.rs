@@ -315,7 +315,7 @@ pub async fn remove(
             let path = tree.descend(root, cookie).await?;
             let shrunk = packed::without(path.end_addr().0, path.leaf()?.bytes, cookie)?;
             match guard {
-                Some(guard) if shrunk.count == 0 => {
+                Some(guard) if shrunk.count == 0 && removal.frees == Some(path.end_addr()) => {
                     if tree.take_out(txn, guard, &mut dinode.blocks, root, &path).await? {
                         dinode.content = Content::Dirents(Vec::new());
                     }

@@ -16,6 +16,7 @@ mod walk;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use storage_control::label::Label;
 use storage_control::{BlockAddr, Device, Runtime};
 
 pub use report::{Finding, Report, Severity, Stats};
@@ -56,9 +57,21 @@ impl Default for Options {
     }
 }
 
-/// Checks the filesystem whose superblock is at `fs_start`; nobody may have it mounted. Problems of the
-/// device or the superblock end up in [`Report::failed`].
-pub async fn check(device: Arc<dyn Device>, fs_start: BlockAddr, options: Options) -> Report {
+/// Checks the filesystem on a device; nobody may have it mounted. What keeps the check from being carried out
+/// (no label or superblock, a failing device) ends up in [`Report::failed`].
+pub async fn check(device: Arc<dyn Device>, options: Options) -> Report {
+    match Label::read(&*device).await {
+        Ok(label) => check_at(device, label.fs_start, options).await,
+        Err(error) => {
+            let mut report = Report::new(options.max_findings);
+            report.failed = Some(error.to_string());
+            report
+        }
+    }
+}
+
+/// The same where the superblock's place is known.
+pub async fn check_at(device: Arc<dyn Device>, fs_start: BlockAddr, options: Options) -> Report {
     let mut report = Report::new(options.max_findings);
     if let Err(error) = run(device, fs_start, &options, &mut report).await {
         report.failed = Some(error.to_string());

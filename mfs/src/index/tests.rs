@@ -7,7 +7,9 @@ use storage_control::{Device, LamportClock, MemDevice, Runtime, TestRuntime, Wal
 
 use super::*;
 use crate::alloc::{Alloc, Reservation, Want};
+use crate::dir;
 use crate::format::superblock::Superblock;
+use crate::fsck;
 use crate::inode::{self, Dinode, FileType, Needs};
 use crate::mkfs::{Options, mkfs};
 use crate::store::Txn;
@@ -82,6 +84,40 @@ impl Rig {
     /// The inode as its block says, which is as the one in memory.
     pub(crate) async fn assert_written(&self, dinode: &Dinode) {
         assert_eq!(&inode::read(&self.store, dinode.ino).await.unwrap(), dinode);
+    }
+
+    /// Changes the inode in a transaction that enters it in `parent` under `name`.
+    pub(crate) async fn link(&self, parent: &mut Dinode, name: &[u8], dinode: &mut Dinode) {
+        let needs = dir::insert_needs(parent);
+        let target = dir::Target::of(dinode);
+        self.change(parent, needs, async |txn, res, parent| {
+            if dinode.is_dir() {
+                dinode.parent = parent.ino;
+                parent.nlink += 1;
+            }
+            inode::write(txn, dinode).await?;
+            dir::insert(&self.store, txn, res, parent, name, target).await
+        })
+        .await
+        .unwrap();
+    }
+
+    /// The root directory.
+    pub(crate) async fn root(&self) -> Dinode {
+        inode::read(&self.store, self.store.superblock().root.0).await.unwrap()
+    }
+
+    /// The outcome of a check of what is on the device, which is everything after a checkpoint.
+    pub(crate) async fn check(&self) -> fsck::Report {
+        self.store.checkpoint().await.unwrap();
+        fsck::check_at(self.device.clone(), BlockAddr(1040), fsck::Options::default()).await
+    }
+
+    /// Gives the inode a name and checks the filesystem.
+    pub(crate) async fn assert_sound(&self, dinode: &mut Dinode) {
+        self.link(&mut self.root().await, b"under test", dinode).await;
+        let report = self.check().await;
+        assert!(report.is_clean(), "{report:#?}");
     }
 
     /// Frees all that an inode has besides its dinode.

@@ -121,6 +121,7 @@ mod on_a_store {
                     assert_eq!(found.into_iter().map(|x| (x.name, x.value)).collect::<BTreeMap<_, _>>(), model);
                 }
                 rig.assert_written(&dinode).await;
+                rig.assert_sound(&mut dinode).await;
             });
         }
     }
