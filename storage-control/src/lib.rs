@@ -11,6 +11,7 @@
 pub mod buf;
 mod completion;
 pub mod device;
+pub mod fence;
 pub mod file_device;
 mod format;
 pub mod gate;
@@ -20,10 +21,12 @@ pub mod layout;
 pub mod lease;
 pub mod medium;
 pub mod mem_device;
+pub mod mkfs;
 pub mod process;
 pub mod register;
 pub mod runtime;
 pub mod signature;
+pub mod slots;
 mod sys;
 mod turn;
 

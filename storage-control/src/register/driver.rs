@@ -4,7 +4,7 @@
 //! - A body is stable before the block that refers to it is written.
 //! - A node that finds other bytes in its own block than it wrote has lost its slot, and stops.
 
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
 use std::task::Poll;

@@ -9,4 +9,4 @@ mod format;
 pub use self::core::{Ballot, OpId};
 pub use driver::{Acceptor, AcceptorError, Outcome, Register, RegisterError, Snapshot, Unsettled};
 pub use format::{AcceptorId, BadBlock};
-pub(crate) use format::{RawRegister, decode};
+pub(crate) use format::decode;
