@@ -23,6 +23,8 @@ pub mod ops;
 pub mod orphan;
 pub mod recover;
 pub mod store;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod xattr;
 
 pub use error::FsError;

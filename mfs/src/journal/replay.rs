@@ -36,6 +36,8 @@ const REREADS: usize = 20;
 const SEARCH_BLOCKS: u64 = 256;
 /// Reads or writes under way at once.
 const WAVE: usize = 32;
+/// The longest write in place, in blocks.
+const MAX_WRITE_BLOCKS: usize = 256;
 
 /// What a journal holds, without changing anything.
 #[derive(Clone, Debug)]
@@ -321,11 +323,20 @@ async fn choose_stale(
     Ok(stale)
 }
 
+/// Writes in the order of addresses, contiguous blocks at once.
 async fn write_in_place(device: &dyn Device, stale: Vec<(BlockAddr, Newest)>) -> Result<(), FsError> {
-    for wave in stale.chunks(WAVE) {
-        let write = |(addr, image): &(BlockAddr, Newest)| {
-            device.write(*addr, vec![image.slice()], Durability::Cached)
-        };
+    let mut runs: Vec<(BlockAddr, Vec<IoSlice>)> = Vec::new();
+    for (addr, image) in stale {
+        match runs.last_mut() {
+            Some((at, slices)) if at.0 + slices.len() as u64 == addr.0 && slices.len() < MAX_WRITE_BLOCKS => {
+                slices.push(image.slice());
+            }
+            _ => runs.push((addr, vec![image.slice()])),
+        }
+    }
+    for wave in runs.chunks(WAVE) {
+        let write =
+            |(at, slices): &(BlockAddr, Vec<IoSlice>)| device.write(*at, slices.clone(), Durability::Cached);
         for result in join_all(wave.iter().map(write).collect()).await {
             result?;
         }
