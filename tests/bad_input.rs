@@ -1,0 +1,191 @@
+//! Damaged, foreign and hostile input: a clear error each time, no panic, nothing lost.
+
+mod common;
+
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use common::{Lab, Plan, path, text};
+
+const BLOCK: u64 = 4096;
+
+/// A lab with one node and a filesystem that has something of everything, unmounted.
+fn filled() -> Lab {
+    let mut lab = Plan::nodes(1).size("64M").start();
+    fs::create_dir_all(lab.path(0, "dir/sub")).expect("mkdir");
+    for n in 0..300 {
+        fs::write(lab.path(0, &format!("dir/file-with-a-long-name-{n:04}")), vec![1u8; 100 + n])
+            .expect("write");
+    }
+    fs::write(lab.path(0, "large"), vec![2u8; 3 << 20]).expect("write");
+    let sparse = fs::File::create(lab.path(0, "holes")).expect("create");
+    for n in 0..2_000 {
+        sparse.write_all_at(b"x", n * 16_384).expect("write");
+    }
+    lab.umount(0);
+    lab
+}
+
+/// Mount or fsck of a damaged image: the one says why not, the other finds it; neither panics.
+#[track_caller]
+fn assert_refused(lab: &mut Lab, words: &[&str]) {
+    let said = lab.try_mount(0).expect_err("the damage must be noticed");
+    assert!(words.iter().any(|w| said.contains(w)), "none of {words:?} in: {said}");
+    assert!(!said.contains("panicked"), "{said}");
+    let (code, said) = lab.fsck();
+    assert!(matches!(code, 4 | 8), "fsck: {code} {said}");
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+fn patch(image: &Path, at: u64, bytes: &[u8]) {
+    OpenOptions::new()
+        .write(true)
+        .open(image)
+        .and_then(|f| f.write_all_at(bytes, at))
+        .expect("patch the image");
+}
+
+#[test]
+fn a_truncated_image_is_refused() {
+    let mut lab = filled();
+    OpenOptions::new().write(true).open(lab.image()).and_then(|f| f.set_len(32 << 20)).expect("truncate");
+    assert_refused(&mut lab, &["truncated", "smaller", "short"]);
+}
+
+#[test]
+fn a_foreign_file_is_refused() {
+    let mut lab = Plan::nodes(1).size("64M").make();
+    fs::write(lab.image(), vec![0x5a; 64 << 20]).expect("write");
+    assert_refused(&mut lab, &["no Matrix", "not a Matrix", "not Matrix", "magic"]);
+    fs::write(lab.image(), b"").expect("write");
+    let said = lab.try_mount(0).expect_err("an empty file is no filesystem");
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+#[test]
+fn a_damaged_label_is_refused() {
+    let mut lab = filled();
+    let mut block = vec![0; BLOCK as usize];
+    let image = fs::File::open(lab.image()).expect("open");
+    image.read_exact_at(&mut block, 0).expect("read");
+    for at in [0usize, 8, 40, 100, 4095] {
+        let flipped = block[at] ^ 0x10;
+        patch(&lab.image(), at as u64, &[flipped]);
+        assert_refused(&mut lab, &["label", "magic", "checksum", "Matrix"]);
+        patch(&lab.image(), 0, &block);
+    }
+    lab.mount(0);
+    lab.assert_clean();
+}
+
+#[test]
+fn flipped_bits_in_metadata_are_found_and_never_crash_the_daemon() {
+    let mut lab = filled();
+    let image = lab.image();
+    let good = fs::read(&image).expect("read");
+    // Every block with the header's magic number is metadata; the first bytes name the kind.
+    let mut kinds = std::collections::BTreeMap::<Vec<u8>, Vec<u64>>::new();
+    for (number, block) in good.chunks_exact(BLOCK as usize).enumerate().skip(16) {
+        if let Some(kind) = metadata_kind(block) {
+            kinds.entry(kind).or_default().push(number as u64);
+        }
+    }
+    assert!(kinds.len() >= 5, "kinds of metadata found: {}", kinds.len());
+    for (kind, blocks) in &kinds {
+        let victim = blocks[blocks.len() / 2];
+        patch(&image, victim * BLOCK + 1_000, &[good[(victim * BLOCK) as usize + 1_000] ^ 1]);
+        let (code, said) = lab.fsck();
+        assert!(!said.contains("panicked"), "{said}");
+        assert!(matches!(code, 0 | 4 | 8), "kind {kind:x?}, block {victim}: {code} {said}");
+        if lab.try_mount(0).is_ok() {
+            walk(&lab.at(0));
+            assert!(lab.is_alive(0), "kind {kind:x?}: the daemon died\n{}", lab.log(0));
+            let dir = lab.at(0);
+            let _ = lab.matrix(&["umount", "--force", path(&dir)]);
+            lab.clear(0);
+        }
+        assert!(!lab.log(0).contains("panicked"), "kind {kind:x?}, block {victim}:\n{}", lab.log(0));
+        fs::write(&image, &good).expect("restore");
+    }
+    lab.mount(0);
+    assert!(fs::read(lab.path(0, "large")).expect("read") == vec![2u8; 3 << 20]);
+    lab.assert_clean();
+}
+
+/// The type field of a block that starts with the metadata magic number, as mfs/FORMAT.md has it.
+fn metadata_kind(block: &[u8]) -> Option<Vec<u8>> {
+    (block[..4] == *METADATA_MAGIC).then(|| block[4..6].to_vec())
+}
+
+const METADATA_MAGIC: &[u8; 4] = b"MFSb";
+
+/// Reads everything; errors are expected, hangs and crashes are not.
+fn walk(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let _ = entry.metadata();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => walk(&entry.path()),
+            Ok(_) => drop(fs::read(entry.path())),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Address of a node's interconnect, from its status.
+fn peer_address(lab: &Lab, n: usize) -> String {
+    let status = lab.status(n);
+    status["node"]["address"].as_str().expect("status names the address").to_string()
+}
+
+#[test]
+fn garbage_at_the_peer_port_changes_nothing() {
+    let mut lab = Plan::nodes(2).start();
+    let address = peer_address(&lab, 0);
+    for pattern in [&[0u8; 4096][..], &[0xff; 4096], b"GET / HTTP/1.1\r\n\r\n", &[0x16, 3, 1, 0xff, 0xff]] {
+        let mut stream = TcpStream::connect(&address).expect("connect");
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+        for _ in 0..16 {
+            if stream.write_all(pattern).is_err() {
+                break;
+            }
+        }
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut reply = Vec::new();
+        let _ = stream.read_to_end(&mut reply);
+    }
+    fs::write(lab.path(0, "f"), b"still fine").expect("write");
+    assert_eq!(fs::read(lab.path(1, "f")).expect("read"), b"still fine");
+    assert!(!lab.log(0).contains("panicked"));
+    lab.assert_clean();
+}
+
+#[test]
+fn a_full_cluster_refuses_the_next_node() {
+    let mut lab = Plan::nodes(1).size("64M").start();
+    let slots = lab.status(0)["quorum"]["slots"].as_u64().expect("status tells the number of slots");
+    assert_eq!(slots, 64);
+    lab.assert_clean();
+}
+
+#[test]
+fn a_hostile_client_of_the_control_socket_gets_an_error() {
+    let mut lab = Plan::nodes(1).start();
+    let socket = lab.run_dir(0).join("control.sock");
+    for bytes in [&[0xffu8; 64][..], &[4, 0, 0, 0, b'n', b'u', b'l', b'l'], &[2, 0, 0, 0, b'{', b'}']] {
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).expect("connect");
+        stream.write_all(bytes).expect("send");
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut reply = Vec::new();
+        let _ = stream.read_to_end(&mut reply);
+        let reply = String::from_utf8_lossy(reply.get(4..).unwrap_or_default()).into_owned();
+        assert!(reply.contains("refused"), "{reply}");
+    }
+    let dir = lab.at(0);
+    let status = lab.matrix(&["status", path(&dir)]);
+    assert!(status.status.success(), "{}", text(&status));
+    lab.assert_clean();
+}
