@@ -86,7 +86,7 @@ pub fn check_write(device_blocks: u64, at: BlockAddr, data: &[IoSlice]) -> io::R
     let invalid = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why.to_owned()));
     let mut bytes = 0_usize;
     for piece in data {
-        if piece.offset % 512 != 0 || piece.len % 512 != 0 {
+        if !piece.offset.is_multiple_of(512) || !piece.len.is_multiple_of(512) {
             return invalid("a piece of a write is not aligned to 512 bytes");
         }
         match piece.offset.checked_add(piece.len) {
@@ -98,7 +98,7 @@ pub fn check_write(device_blocks: u64, at: BlockAddr, data: &[IoSlice]) -> io::R
             None => return invalid("a write is too long"),
         };
     }
-    if bytes % BLOCK_SIZE != 0 {
+    if !bytes.is_multiple_of(BLOCK_SIZE) {
         return invalid("a write does not consist of whole blocks");
     }
     check_read(device_blocks, at, bytes / BLOCK_SIZE)?;

@@ -339,7 +339,9 @@ impl Opened {
     }
 
     fn write(&self, at: BlockAddr, data: &[IoSlice], dsync: bool) -> io::Result<()> {
-        let aligned = data.iter().all(|piece| piece.offset % BLOCK_SIZE == 0 && piece.len % BLOCK_SIZE == 0);
+        let aligned = data
+            .iter()
+            .all(|piece| piece.offset.is_multiple_of(BLOCK_SIZE) && piece.len.is_multiple_of(BLOCK_SIZE));
         if !aligned {
             // A device of 4 KiB sectors takes no pieces of 512 bytes.
             let bytes: Vec<u8> = data.iter().flat_map(IoSlice::bytes).copied().collect();

@@ -2,7 +2,7 @@
 //!
 //! - No file system request is submitted after the lease deadline, before the first one was set, or after
 //!   the gate was closed. The check is made in the thread that submits, immediately before it does.
-//! - No register write is submitted later than a lease after the node last saw its own nonce in its slot.
+//! - No register request is submitted later than a lease after the node last renewed its slot.
 //! - A closed gate never opens again. Only the slot's own farewell passes it ([`crate::slots::SlotKeeper::release`]).
 //!
 //! A thread that is paused between the check and its write is not stopped by this gate: that is what fencing and D are for.
@@ -300,6 +300,11 @@ impl Gate {
     /// Whether a file system request would pass now.
     pub fn check(&self) -> Result<(), GateRefused> {
         self.doors.check(Door::Filesystem)
+    }
+
+    /// Whether a register request would pass now.
+    pub fn check_register(&self) -> Result<(), GateRefused> {
+        self.doors.check(Door::Register)
     }
 
     /// Completes when no request is under way.

@@ -19,7 +19,7 @@ pub const WATCHDOG_MS: u64 = 0;
 pub const DRIFT_PERCENT: u64 = 1;
 /// An observer looks at the slots so often.
 pub const POLL_EVERY_MS: u64 = 1_000;
-/// An observer whose own I/O took longer than this, or that did not look for so long, starts its windows anew.
+/// An observer whose own I/O took longer than this, or that did not look for twice as long, starts its windows anew.
 pub const STALL_MS: u64 = 2_500;
 
 const _: () = assert!(3 * RENEW_EVERY_MS < LEASE_MS, "two renewals may fail before the lease is lost");

@@ -14,6 +14,8 @@ pub mod device;
 pub mod fence;
 pub mod file_device;
 mod format;
+#[cfg(test)]
+mod format_tests;
 pub mod gate;
 pub mod ids;
 pub mod label;

@@ -446,8 +446,7 @@ mod tests {
                 world.spawn(Box::pin(async move { order.lock().push(task) }));
             }
             world.advance(Duration::from_secs(1));
-            let order = order.lock().clone();
-            order
+            std::mem::take(&mut *order.lock())
         };
         assert_eq!(order_of(5), order_of(5));
         assert!((0..20).any(|seed| order_of(seed) != order_of(seed + 1)));

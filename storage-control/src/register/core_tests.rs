@@ -15,6 +15,7 @@ struct Actor {
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
+#[allow(clippy::large_enum_variant, reason = "worlds are small")]
 enum Life {
     Waiting,
     Running { core: Core, pending: Vec<Output>, runs_left: u8, expected: u64 },

@@ -133,6 +133,9 @@ fn decode_record(bytes: &[u8], id: AcceptorId, node: NodeId) -> Result<Block, &'
     if raw.node.get() != node.0 {
         return Err("it belongs to another slot");
     }
+    if raw.reserved_a != [0; 4] || raw.reserved_b.iter().any(|&byte| byte != 0) {
+        return Err("its reserved bytes are not zero");
+    }
     let promised = Ballot(raw.promised.get());
     let accepted = match raw.has_accepted {
         0 => None,

@@ -8,5 +8,7 @@ mod format;
 
 pub use self::core::{Ballot, OpId};
 pub use driver::{Acceptor, AcceptorError, Outcome, Register, RegisterError, Snapshot, Unsettled};
-pub use format::{AcceptorId, BadBlock};
+#[cfg(test)]
+pub(crate) use format::RawRegister;
 pub(crate) use format::decode;
+pub use format::{AcceptorId, BadBlock};

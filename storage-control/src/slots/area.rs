@@ -6,7 +6,8 @@ use std::io;
 use std::sync::Arc;
 
 use uuid::Uuid;
-use zerocopy::IntoBytes;
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::record::{SlotContents, SlotRecord};
 use crate::buf::AlignedBuf;
@@ -19,6 +20,21 @@ use crate::register::{AcceptorId, Ballot, decode};
 use crate::runtime::{Instant, Runtime};
 
 const NONCE_MAGIC: [u8; 8] = *b"MTXNONCE";
+
+/// A nonce block as it lies on the device. See FORMAT.md.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Clone)]
+#[repr(C)]
+pub(crate) struct RawNonce {
+    pub(crate) magic: [u8; 8],
+    pub(crate) node: U16,
+    pub(crate) reserved_a: [u8; 6],
+    pub(crate) fs_uuid: [u8; 16],
+    pub(crate) nonce: [u8; 32],
+    pub(crate) reserved_b: [u8; 4028],
+    pub(crate) checksum: U32,
+}
+
+const _: () = assert!(size_of::<RawNonce>() == BLOCK_SIZE);
 
 /// The newest value of the register that a look found accepted. Only a hint: a value is committed when a
 /// ballot says so ([`crate::Register::read`]).
@@ -133,13 +149,17 @@ impl SlotArea {
     /// Shows a nonce to the other nodes, in this node's own block: who reads the same one from its own device
     /// sees the same medium. An identical file system id alone may be a clone or a snapshot.
     pub async fn show_nonce(&self, me: NodeId, nonce: [u8; 32]) -> io::Result<()> {
-        let mut block = AlignedBuf::zeroed(BLOCK_SIZE);
-        block[..8].copy_from_slice(&NONCE_MAGIC);
-        block[8..10].copy_from_slice(&me.0.to_le_bytes());
-        block[16..32].copy_from_slice(self.label.fs.as_bytes());
-        block[32..64].copy_from_slice(&nonce);
-        let sum = checksum_of(&block).to_le_bytes();
-        block[BLOCK_SIZE - 4..].copy_from_slice(&sum);
+        let mut raw = RawNonce {
+            magic: NONCE_MAGIC,
+            node: U16::new(me.0),
+            reserved_a: [0; 6],
+            fs_uuid: self.label.fs.into_bytes(),
+            nonce,
+            reserved_b: [0; 4028],
+            checksum: U32::ZERO,
+        };
+        raw.checksum = U32::new(checksum_of(raw.as_bytes()));
+        let block = AlignedBuf::copy_of(raw.as_bytes());
         self.device.write(self.label.quorum.nonce_block(me), vec![block.into()], Durability::Stable).await
     }
 
@@ -149,11 +169,12 @@ impl SlotArea {
             return Ok(None);
         }
         let block = self.device.read(self.label.quorum.nonce_block(node), 1).await?;
-        let whole = block[..8] == NONCE_MAGIC
-            && block[8..10] == node.0.to_le_bytes()
-            && block[16..32] == *self.label.fs.as_bytes()
+        let Ok(raw) = RawNonce::read_from_bytes(&block) else { return Ok(None) };
+        let whole = raw.magic == NONCE_MAGIC
+            && raw.node.get() == node.0
+            && raw.fs_uuid == self.label.fs.into_bytes()
             && checksum_ok(&block);
-        Ok(whole.then(|| block[32..64].try_into().expect("32 bytes are an array of 32")))
+        Ok(whole.then_some(raw.nonce))
     }
 }
 

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::area::{Look, SlotArea};
-use super::keeper::SlotKeeper;
+use super::keeper::{Beat, RenewError, SlotKeeper};
 use super::record::{Nonce, PeerSet, SlotContents, SlotRecord, SlotState, stored_name};
 use super::watch::Watch;
 use crate::file_device::{FileDevice, FileIdentity};
@@ -280,13 +280,16 @@ impl Attempt<'_> {
             return Ok(None);
         }
         tracing::info!(%node, incarnation = %record.incarnation, "slot claimed");
-        let keeper = SlotKeeper::new(
-            self.area.clone(),
-            self.gate.clone(),
-            Arc::clone(self.locks),
-            record,
-            after.issued,
-        );
+        let keeper =
+            SlotKeeper::new(self.area.clone(), self.gate.clone(), Arc::clone(self.locks), record.clone());
+        // Opens the register to the node: it was long ago that the nonce was written.
+        let beat = Beat { clock: record.clock, journal_tail: record.journal_tail, ..Beat::default() };
+        match keeper.renew(beat).await {
+            Ok(_) => {}
+            Err(RenewError::Io(error)) => return Err(error.into()),
+            Err(RenewError::Label(error)) => return Err(error.into()),
+            Err(RenewError::Closed(_) | RenewError::Delayed) => return Ok(None),
+        }
         Ok(Some(Claimed { keeper, previous, clock: after.clock() }))
     }
 

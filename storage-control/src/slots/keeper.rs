@@ -3,6 +3,7 @@
 //! - Every renewal first looks: another nonce in the slot, or another file system on the device, closes the gate.
 //! - A slot is renewed only by a node that knows the newest value of the register: an excluded node falls silent.
 //! - The lease is extended from before the write was issued, and only for an admitted node.
+//! - The register may be written for as long as nobody can have claimed the slot since its last renewal.
 //! - A lease that ran out is not extended by a renewal alone, but after a ballot said that the node is a member.
 
 use std::io;
@@ -47,7 +48,7 @@ pub enum Renewed {
         /// When the lease runs out; `None` before admission.
         until: Option<Instant>,
     },
-    /// NOT renewed: the register has a newer value than this node knows. Read it, act on it, then
+    /// The lease is NOT renewed: the register has a newer value than this node knows. Read it, act on it, then
     /// [`SlotKeeper::acknowledge`] its sequence and renew again.
     Behind {
         /// What the look showed.
@@ -102,9 +103,7 @@ impl SlotKeeper {
         gate: Gate,
         locks: Arc<dyn SlotLocks>,
         record: SlotRecord,
-        verified: Instant,
     ) -> SlotKeeper {
-        gate.extend_slot(LeaseTimes::holder_deadline(verified));
         let kept = Kept { record, acknowledged: 0, admitted: false, renewed_from: None };
         SlotKeeper { area, gate, locks, kept: Arc::new(Mutex::new(kept)), turns: Turns::default() }
     }
@@ -146,14 +145,13 @@ impl SlotKeeper {
         let _turn = self.turns.take().await;
         for _ in 0..MAX_LOOKS {
             let look = self.look().await?;
-            self.gate.extend_slot(LeaseTimes::holder_deadline(look.issued));
-            let mut record = {
+            let (behind, mut record) = {
                 let kept = self.kept.lock();
-                if look.head.sequence > kept.acknowledged && kept.admitted {
-                    return Ok(Renewed::Behind { look });
-                }
-                kept.record.clone()
+                (kept.admitted && look.head.sequence > kept.acknowledged, kept.record.clone())
             };
+            if behind && self.gate.check_register().is_ok() {
+                return Ok(Renewed::Behind { look });
+            }
             record.state = SlotState::Held;
             record.sequence += 1;
             record.clock = beat.clock;
@@ -166,6 +164,13 @@ impl SlotKeeper {
                 continue;
             }
             self.area.write(&record).await?;
+            // Whoever wants the slot has seen this change, and waits from then on.
+            self.gate.extend_slot(LeaseTimes::holder_deadline(from));
+            if behind {
+                // Without access to the register the node could never find out what it is behind of.
+                self.kept.lock().record = record;
+                return Ok(Renewed::Behind { look });
+            }
             return Ok(self.renewed(record, from, look));
         }
         Err(RenewError::Delayed)

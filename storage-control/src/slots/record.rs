@@ -258,6 +258,9 @@ fn decode(block: &[u8], fs: Uuid, node: NodeId) -> Result<SlotRecord, &'static s
     if raw.node.get() != node.0 {
         return Err("it belongs to another slot");
     }
+    if raw.reserved.iter().any(|&byte| byte != 0) {
+        return Err("its reserved bytes are not zero");
+    }
     if raw.clock.get() > MAX_CLOCK || raw.journal_tail.get() > MAX_CLOCK {
         return Err("its clock is impossible");
     }

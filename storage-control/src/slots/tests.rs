@@ -267,6 +267,41 @@ fn a_node_that_does_not_know_the_newest_value_of_the_register_falls_silent() {
 }
 
 #[test]
+fn a_node_that_stays_behind_keeps_the_register_but_not_its_lease() {
+    let world = World::new(1);
+    let (node, _) = world.claim("anna");
+    world.admit(&node);
+    world.renew(&node).unwrap();
+    let runtime = Arc::new(world.runtime.clone());
+    let register = Register::on_device(NodeId(5), Arc::new(world.device.clone()), &world.label, runtime, 1);
+    world.runtime.run(async move { register.cas(1, b"new".to_vec()).await }).unwrap();
+    world.runtime.advance(Duration::from_secs(5));
+    assert!(node.gate.check_register().is_err());
+    assert!(matches!(world.renew(&node), Ok(Renewed::Behind { .. })));
+    node.gate.check_register().unwrap();
+    assert!(node.gate.check().is_err());
+}
+
+#[test]
+fn nobody_can_claim_a_slot_while_its_former_holder_may_write_the_register() {
+    let world = World::new(1);
+    let (node, _) = world.claim("anna");
+    world.admit(&node);
+    world.renew(&node).unwrap();
+    // Falls behind, and looks again and again without acting.
+    let runtime = Arc::new(world.runtime.clone());
+    let register = Register::on_device(NodeId(5), Arc::new(world.device.clone()), &world.label, runtime, 1);
+    world.runtime.run(async move { register.cas(1, b"new".to_vec()).await }).unwrap();
+    for _ in 0..3 {
+        world.runtime.advance(Duration::from_secs(1));
+        world.renew(&node).unwrap();
+    }
+    let (next, _) = world.claim("anna");
+    assert_eq!(next.keeper.node(), node.keeper.node());
+    assert!(node.gate.check_register().is_err());
+}
+
+#[test]
 fn a_lease_that_ran_out_needs_a_ballot_and_a_fresh_renewal() {
     let world = World::new(1);
     let (node, _) = world.claim("anna");
