@@ -13,7 +13,6 @@
 //! nodes that died earlier; nobody left knows which. A node that missed a view in which its shard belonged to
 //! another need not care: that other one granted nothing, for want of this node's report.
 
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -255,19 +254,15 @@ impl Dlm {
         }
     }
 
-    /// Keeps a message of a later view. A node's later view, perhaps its next incarnation's, makes its earlier
-    /// one pointless: nobody can complete it any more.
+    /// Keeps a message of a later view, in the order of views: a node's next incarnation may be heard before the
+    /// last words of the one before, in a view that this node may still install in between.
     pub(crate) fn keep_early(&mut self, from: NodeId, message: Message) -> Result<(), Fault> {
         let kept = self.early.entry(from).or_default();
-        match kept.back().map(|last| last.generation.cmp(&message.generation)) {
-            Some(Ordering::Less) => kept.clear(),
-            Some(Ordering::Greater) => return Ok(()),
-            Some(Ordering::Equal) | None => {}
-        }
         if kept.len() >= EARLY_MAX {
             return Err(Fault::TooEarly);
         }
-        kept.push_back(message);
+        let at = kept.partition_point(|other| other.generation <= message.generation);
+        kept.insert(at, message);
         Ok(())
     }
 
