@@ -8,6 +8,7 @@ use std::task::Poll;
 use dlm::{Mode, Resource};
 
 use crate::PURGE_ROUNDS;
+use crate::api::Callouts;
 use crate::entry::Phase;
 use crate::lcl::Lcl;
 use crate::partition::Purged;
@@ -16,16 +17,10 @@ use crate::partition::Purged;
 pub(crate) async fn go_down(lcl: Lcl, res: Resource) {
     let Some((held, keep)) = hold(&lcl, res).await else { return };
     let callouts = lcl.callouts(res.kind);
-    if let Some(callouts) = &callouts {
-        for round in 1..=PURGE_ROUNDS {
-            callouts.purge(res, held, keep).await;
-            match lcl.locked(res, |partition, _| partition.end_purge(res, round == PURGE_ROUNDS)) {
-                Purged::Enough => break,
-                Purged::Again => lcl.locked(res, |partition, _| partition.stats.repeated_purges += 1),
-            }
-        }
+    match &callouts {
+        Some(callouts) => purge(&lcl, res, held, keep, &**callouts).await,
+        None => lcl.locked(res, |partition, _| partition.close_door(res, keep)),
     }
-    lcl.locked(res, |partition, _| partition.close_door(res, keep));
     if drained(&lcl, res, keep).await == Drained::Closed {
         return;
     }
@@ -38,6 +33,18 @@ pub(crate) async fn go_down(lcl: Lcl, res: Resource) {
             partition.end_flush(step, res, keep, result.is_ok());
         }
     });
+}
+
+/// Purges until nothing can have been missed, or often enough; the door closes in the same step that finds so.
+async fn purge(lcl: &Lcl, res: Resource, held: Mode, keep: Mode, callouts: &dyn Callouts) {
+    for round in 1..=PURGE_ROUNDS {
+        callouts.purge(res, held, keep).await;
+        match lcl.locked(res, |partition, _| partition.end_purge(res, round == PURGE_ROUNDS)) {
+            Purged::DoorClosed => return,
+            Purged::Again => {}
+        }
+    }
+    unreachable!("the last round closes the door");
 }
 
 /// Waits for the end of the minimum hold time; then the mode held and the one to keep.

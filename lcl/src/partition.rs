@@ -50,7 +50,7 @@ pub(crate) struct Partition {
 /// How a purge round ended.
 pub(crate) enum Purged {
     /// Nothing was missed, or it was tried often enough.
-    Enough,
+    DoorClosed,
     /// Uses were inside meanwhile.
     Again,
 }
@@ -265,18 +265,24 @@ impl Partition {
         Some((held, keep))
     }
 
-    /// A purge callout has returned; the next round starts with who is inside now.
+    /// A purge callout has returned. If uses were inside that may have filled a cache behind its back, another
+    /// round starts with who is inside now; else the door closes.
     pub(crate) fn end_purge(&mut self, res: Resource, last_round: bool) -> Purged {
         let entry = self.entries.peek_mut(&res).expect("a lock on its way down has an entry");
-        match entry.phase {
-            Phase::Purging { keep, used: true } if !last_round => {
-                entry.phase = Phase::Purging { keep, used: !entry.is_drained(keep) };
-                Purged::Again
-            }
-            _ => Purged::Enough,
+        let Phase::Purging { keep, used } = entry.phase else {
+            unreachable!("only its task takes a lock down")
+        };
+        if used && !last_round {
+            entry.phase = Phase::Purging { keep, used: !entry.is_drained(keep) };
+            self.stats.repeated_purges += 1;
+            Purged::Again
+        } else {
+            entry.phase = Phase::Closed { keep };
+            Purged::DoorClosed
         }
     }
 
+    /// Nothing is to be purged.
     pub(crate) fn close_door(&mut self, res: Resource, keep: Mode) {
         let entry = self.entries.peek_mut(&res).expect("a lock on its way down has an entry");
         entry.phase = Phase::Closed { keep };
