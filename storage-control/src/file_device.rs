@@ -543,4 +543,38 @@ mod tests {
         );
         assert_eq!(block_on(device.read(BlockAddr(0), 1)).unwrap()[0], 0);
     }
+
+    /// A loop device; `None` where this user or machine cannot make one.
+    struct LoopDevice(PathBuf);
+
+    impl LoopDevice {
+        fn over(image: &Path) -> Option<LoopDevice> {
+            let made =
+                std::process::Command::new("losetup").args(["-f", "--show"]).arg(image).output().ok()?;
+            let path = String::from_utf8(made.stdout).ok()?;
+            made.status.success().then(|| LoopDevice(path.trim().into()))
+        }
+    }
+
+    impl Drop for LoopDevice {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("losetup").arg("-d").arg(&self.0).status();
+        }
+    }
+
+    #[test]
+    fn a_loop_device_over_a_local_image_has_its_size_and_no_late_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = image(dir.path());
+        let Some(path) = LoopDevice::over(file.path()) else { return };
+        let device = FileDevice::open(&path.0, OpenAs { exclusive: true, ..OpenAs::default() }).unwrap();
+        assert_eq!((device.blocks(), device.medium(), device.is_direct()), (2048, &Medium::LocalLoop, true));
+        device.probe_stable_writes(BlockAddr(9)).unwrap();
+        block_on(device.write(BlockAddr(2047), vec![filled(5, 1).into()], Durability::Stable)).unwrap();
+        assert_eq!(block_on(device.read(BlockAddr(2047), 1)).unwrap(), filled(5, 1));
+        // Another loop device over the same image does not see this one's locks: they replace no wait.
+        assert!(!device.medium().lock_excludes_all());
+        let again = OpenAs { exclusive: true, ..OpenAs::default() };
+        assert!(matches!(FileDevice::open(&path.0, again), Err(OpenError::InUse { .. })));
+    }
 }
