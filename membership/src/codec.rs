@@ -8,8 +8,10 @@ use crate::view::{BadView, View};
 
 /// Version of the register's body, its first byte.
 pub const BODY_VERSION: u8 = 1;
-/// Largest register body in bytes: 256 members, 256 open recoveries, a map of 1024 shards.
-pub const MAX_BODY_BYTES: usize = 128 * 1024;
+/// Largest register body in bytes: what its place on the disk holds.
+pub const MAX_BODY_BYTES: usize = storage_control::MAX_BODY_BYTES;
+/// By so much a body grows at most when a member moves to recovery.
+pub(crate) const RECOVERY_BYTES: usize = 192;
 /// Largest membership message in bytes: a view and a little.
 pub const MAX_MESSAGE_BYTES: usize = MAX_BODY_BYTES + 1024;
 
@@ -27,10 +29,10 @@ pub enum CodecError {
     Impossible(#[from] BadView),
 }
 
-fn to_bytes<T: Serialize, const LIMIT: usize>(mut bytes: Vec<u8>, value: &T) -> Vec<u8> {
-    let config = bincode::config::standard().with_limit::<LIMIT>();
+fn to_bytes<T: Serialize>(mut bytes: Vec<u8>, value: &T) -> Vec<u8> {
+    let config = bincode::config::standard();
     bincode::serde::encode_into_std_write(value, &mut bytes, config)
-        .expect("our own values are within the limits");
+        .expect("memory takes everything");
     bytes
 }
 
@@ -49,7 +51,12 @@ fn from_bytes<T: DeserializeOwned, const LIMIT: usize>(bytes: &[u8]) -> Result<T
 
 /// The register's body for a view.
 pub fn encode_view(view: &View) -> Vec<u8> {
-    to_bytes::<_, MAX_BODY_BYTES>(vec![BODY_VERSION], view)
+    to_bytes(vec![BODY_VERSION], view)
+}
+
+/// Whether the view's body will have room whatever happens to its members.
+pub(crate) fn has_room(view: &View) -> bool {
+    encode_view(view).len() + view.members.len() * RECOVERY_BYTES <= MAX_BODY_BYTES
 }
 
 /// The view in a register's body.
@@ -66,7 +73,7 @@ pub fn decode_view(body: &[u8]) -> Result<View, CodecError> {
 
 /// The payload of a frame on the membership channel.
 pub fn encode_message(message: &Message) -> Vec<u8> {
-    to_bytes::<_, MAX_MESSAGE_BYTES>(Vec::new(), message)
+    to_bytes(Vec::new(), message)
 }
 
 /// The message in such a payload.

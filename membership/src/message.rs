@@ -110,6 +110,9 @@ pub enum Refusal {
     /// The one asked is not the ADM. Try again.
     #[error("the node asked is not the ADM")]
     NotAdm,
+    /// No fencing method reaches the node: a second writer is not let in (SCL-2).
+    #[error("the node could not be fenced if it failed: {0}")]
+    NoFence(String),
     /// This incarnation was a member before.
     #[error("this start of the daemon was a member and was excluded: start it again")]
     Ended,
@@ -126,6 +129,7 @@ impl Refusal {
             | Refusal::UnknownVersion { .. }
             | Refusal::FormerFailed(_)
             | Refusal::NoJournal(_)
+            | Refusal::NoFence(_)
             | Refusal::Ended
             | Refusal::NameTaken(_) => false,
         }

@@ -1,35 +1,31 @@
 //! The first frames of a connection: who is there, and whether it is on the same disk.
 //!
-//! After TLS each side says which matrix it is in and what its slot holds now, freshly written; the other looks the
-//! slot up on its own device and answers. No other frame passes before both have answered. A clone of the disk, or a
-//! node whose slot is not where it says, does not get in, whatever key it has.
+//! After TLS each side says which matrix it is in and which fresh nonce it has just written to its block of the disk; the
+//! other reads that block on its own device and answers. No other frame passes before both have answered. A node on a
+//! clone or a snapshot of the disk does not get in, whatever key it has.
+
+use std::sync::Arc;
 
 use membership::frame::{Channel, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES};
-use storage_control::{BoxFuture, Clock, Generation};
+use storage_control::{BoxFuture, Clock, Generation, NodeId};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use uuid::Uuid;
 
 use super::Who;
 
-/// What a slot holds: the nonce of its claim and how often it was renewed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct SlotProof {
-    /// Of the claim.
-    pub(crate) nonce: [u8; 16],
-    /// Of the last renewal, which ended after the handshake began.
-    pub(crate) sequence: u64,
-}
+/// What a node shows on the disk for the time of its handshakes.
+pub(crate) type Nonce = [u8; 32];
 
-/// How the handshake reaches the disk. Both run beside the connections, and may take a while.
+/// How the handshake reaches the disk. Both may take a while.
 pub(crate) trait SameMedium: Send + Sync + 'static {
-    /// Renews the own slot now and says what it holds.
-    fn prove(&self) -> BoxFuture<Result<SlotProof, String>>;
-    /// Whether that slot on the own device holds this, or a later renewal of the same claim.
-    fn verify(&self, peer: Who, proof: SlotProof) -> BoxFuture<Result<(), String>>;
+    /// Shows a fresh nonce in this node's own block of the disk, as long as the answer is kept.
+    fn show(&self) -> BoxFuture<Result<Arc<Nonce>, String>>;
+    /// Whether the block of that node shows this nonce, as this node's own device has it.
+    fn check(&self, node: NodeId, nonce: Nonce) -> BoxFuture<Result<(), String>>;
 }
 
-/// Bytes of a hello: format, matrix, slot nonce, slot sequence.
-const HELLO_BYTES: usize = 1 + 16 + 16 + 8;
+/// Bytes of a hello: kind, matrix, nonce.
+const HELLO_BYTES: usize = 1 + 16 + 32;
 /// A hello's first byte.
 const HELLO: u8 = 1;
 /// A verdict's first byte; an empty reason follows for yes, text for no.
@@ -38,17 +34,16 @@ const VERDICT: u8 = 2;
 const MAX_REASON: usize = 512;
 
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Hello {
-    pub(super) matrix: Uuid,
-    pub(super) proof: SlotProof,
+struct Hello {
+    matrix: Uuid,
+    nonce: Nonce,
 }
 
 impl Hello {
     fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![HELLO];
         bytes.extend_from_slice(self.matrix.as_bytes());
-        bytes.extend_from_slice(&self.proof.nonce);
-        bytes.extend_from_slice(&self.proof.sequence.to_le_bytes());
+        bytes.extend_from_slice(&self.nonce);
         bytes
     }
 
@@ -56,9 +51,8 @@ impl Hello {
         if bytes.len() != HELLO_BYTES || bytes[0] != HELLO {
             return Err(String::from("its first frame is no hello"));
         }
-        let part = |at: usize| -> [u8; 16] { std::array::from_fn(|i| bytes[at + i]) };
-        let sequence = u64::from_le_bytes(std::array::from_fn(|i| bytes[33 + i]));
-        Ok(Hello { matrix: Uuid::from_bytes(part(1)), proof: SlotProof { nonce: part(17), sequence } })
+        let matrix = Uuid::from_bytes(std::array::from_fn(|i| bytes[1 + i]));
+        Ok(Hello { matrix, nonce: std::array::from_fn(|i| bytes[17 + i]) })
     }
 }
 
@@ -73,12 +67,12 @@ pub(super) async fn shake<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let proof =
-        medium.prove().await.map_err(|why| format!("this node's own slot cannot be renewed: {why}"))?;
-    write(stream, me, &Hello { matrix, proof }.encode()).await?;
+    // Kept, and so shown, until the peer has answered.
+    let shown = medium.show().await.map_err(|why| format!("this node cannot write its own block: {why}"))?;
+    write(stream, me, &Hello { matrix, nonce: *shown }.encode()).await?;
     let hello = Hello::decode(&read(stream, peer).await?)?;
     let verdict = if hello.matrix == matrix {
-        medium.verify(peer, hello.proof).await
+        medium.check(peer.0, hello.nonce).await
     } else {
         Err(format!("it belongs to matrix {}, this is {matrix}", hello.matrix))
     };

@@ -1,7 +1,7 @@
 //! The interconnect: one connection between every two members, TCP with mutual TLS, always on.
 //!
 //! Always:
-//! - Only a peer whose key the view or a claimed slot names, whose slot is on the same disk, gets a frame through,
+//! - Only a peer whose key the view or a claimed slot names, and that writes to the same disk, gets a frame through,
 //!   and only under its own name and incarnation.
 //! - Frames to a peer arrive in order or the connection is lost; what is lost is lost together with it, and the
 //!   handler is told. Frames for a member that is not connected wait for its next connection, in order.
@@ -37,7 +37,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use uuid::Uuid;
 
-pub(crate) use handshake::{SameMedium, SlotProof};
+pub(crate) use handshake::{Nonce, SameMedium};
 pub(crate) use key::NodeKey;
 use queue::Queue;
 use tls::Trust;

@@ -5,6 +5,8 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use storage_control::BoxFuture;
+
 use super::*;
 
 const MATRIX: Uuid = Uuid::from_u128(7);
@@ -38,30 +40,26 @@ impl Handler for Reporter {
     }
 }
 
-/// Slots that all nodes see, except those that look at a copy of the disk.
+type Blocks = Arc<Mutex<BTreeMap<NodeId, Nonce>>>;
+
+/// A disk whose blocks all nodes see that have the same map.
 struct Disk {
     me: Who,
-    slots: Arc<Mutex<BTreeMap<Who, u64>>>,
+    blocks: Blocks,
 }
 
 impl SameMedium for Disk {
-    fn prove(&self) -> BoxFuture<Result<SlotProof, String>> {
-        let mut slots = self.slots.lock();
-        let sequence = slots.entry(self.me).or_default();
-        *sequence += 1;
-        let proof = SlotProof { nonce: [self.me.0.0 as u8; 16], sequence: *sequence };
-        Box::pin(std::future::ready(Ok(proof)))
+    fn show(&self) -> BoxFuture<Result<Arc<Nonce>, String>> {
+        let nonce = *self.blocks.lock().entry(self.me.0).or_insert([self.me.0.0 as u8; 32]);
+        Box::pin(std::future::ready(Ok(Arc::new(nonce))))
     }
 
-    fn verify(&self, peer: Who, proof: SlotProof) -> BoxFuture<Result<(), String>> {
-        let there = self.slots.lock().get(&peer).copied().unwrap_or_default();
-        let same = there >= proof.sequence && proof.nonce == [peer.0.0 as u8; 16];
-        let verdict = if same { Ok(()) } else { Err(String::from("its slot is not on this disk")) };
+    fn check(&self, node: NodeId, nonce: Nonce) -> BoxFuture<Result<(), String>> {
+        let shown = self.blocks.lock().get(&node) == Some(&nonce);
+        let verdict = if shown { Ok(()) } else { Err(String::from("its nonce is not on this disk")) };
         Box::pin(std::future::ready(verdict))
     }
 }
-
-use storage_control::BoxFuture;
 
 struct Node {
     who: Who,
@@ -74,7 +72,7 @@ fn who(node: u16) -> Who {
     (NodeId(node), Incarnation(1))
 }
 
-fn start_in(node: u16, matrix: Uuid, slots: &Arc<Mutex<BTreeMap<Who, u64>>>) -> Node {
+fn start_in(node: u16, matrix: Uuid, blocks: &Blocks) -> Node {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = listener.local_addr().expect("its number");
     let key = NodeKey::generate().expect("a key");
@@ -86,15 +84,15 @@ fn start_in(node: u16, matrix: Uuid, slots: &Arc<Mutex<BTreeMap<Who, u64>>>) -> 
         key,
         listener,
         clock: Arc::new(LamportClock::default()),
-        medium: Arc::new(Disk { me: who(node), slots: Arc::clone(slots) }),
+        medium: Arc::new(Disk { me: who(node), blocks: Arc::clone(blocks) }),
         handler: Arc::new(Reporter(Mutex::new(sender))),
     })
     .expect("an interconnect");
     Node { who: who(node), peer: Peer { who: who(node), addr, fingerprint, dial: false }, net, news }
 }
 
-fn start(node: u16, slots: &Arc<Mutex<BTreeMap<Who, u64>>>) -> Node {
-    start_in(node, MATRIX, slots)
+fn start(node: u16, blocks: &Blocks) -> Node {
+    start_in(node, MATRIX, blocks)
 }
 
 /// Everybody trusts everybody; the higher dials.
@@ -118,8 +116,8 @@ impl Node {
 
 #[test]
 fn frames_arrive_in_order_also_those_sent_before_the_connection() {
-    let slots = Arc::default();
-    let (a, b) = (start(1, &slots), start(2, &slots));
+    let blocks = Arc::default();
+    let (a, b) = (start(1, &blocks), start(2, &blocks));
     a.net.set_peers(vec![b.peer.clone()]);
     assert!(a.say(&b, b"early"));
     introduce(&[&a, &b]);
@@ -138,23 +136,23 @@ fn frames_arrive_in_order_also_those_sent_before_the_connection() {
 
 #[test]
 fn a_stopped_peer_is_noticed_at_once_and_its_heir_connects() {
-    let slots = Arc::default();
-    let (a, b) = (start(1, &slots), start(2, &slots));
+    let blocks = Arc::default();
+    let (a, b) = (start(1, &blocks), start(2, &blocks));
     introduce(&[&a, &b]);
     assert_eq!(a.next(), News::Connected(b.who));
     let begin = std::time::Instant::now();
     b.net.stop();
     assert_eq!(a.next(), News::Disconnected(b.who, Loss::Reset));
     assert!(begin.elapsed() < Duration::from_secs(2), "no time-out was waited for");
-    let heir = start(2, &slots);
+    let heir = start(2, &blocks);
     introduce(&[&a, &heir]);
     assert_eq!(a.next(), News::Connected(heir.who));
 }
 
 #[test]
 fn a_peer_that_sends_garbage_is_cut_off_with_the_reason() {
-    let slots = Arc::default();
-    let (a, b) = (start(1, &slots), start(2, &slots));
+    let blocks = Arc::default();
+    let (a, b) = (start(1, &blocks), start(2, &blocks));
     introduce(&[&a, &b]);
     assert_eq!(a.next(), News::Connected(b.who));
     assert_eq!(b.next(), News::Connected(a.who));
@@ -164,8 +162,8 @@ fn a_peer_that_sends_garbage_is_cut_off_with_the_reason() {
 
 #[test]
 fn a_key_that_no_view_names_gets_nothing_through() {
-    let slots = Arc::default();
-    let (a, b, stranger) = (start(1, &slots), start(2, &slots), start(3, &slots));
+    let blocks = Arc::default();
+    let (a, b, stranger) = (start(1, &blocks), start(2, &blocks), start(3, &blocks));
     introduce(&[&a, &b]);
     assert_eq!(a.next(), News::Connected(b.who));
     stranger.net.set_trust([(a.peer.fingerprint, a.who)].into());
@@ -176,8 +174,8 @@ fn a_key_that_no_view_names_gets_nothing_through() {
 
 #[test]
 fn a_removed_member_is_disconnected_with_the_view() {
-    let slots = Arc::default();
-    let (a, b) = (start(1, &slots), start(2, &slots));
+    let blocks = Arc::default();
+    let (a, b) = (start(1, &blocks), start(2, &blocks));
     introduce(&[&a, &b]);
     assert_eq!(a.next(), News::Connected(b.who));
     a.net.set_peers(Vec::new());
@@ -196,8 +194,8 @@ fn a_clone_of_the_disk_is_refused() {
 
 #[test]
 fn a_node_of_another_matrix_is_refused() {
-    let slots = Arc::default();
-    let (a, foreign) = (start(1, &slots), start_in(2, Uuid::from_u128(8), &slots));
+    let blocks = Arc::default();
+    let (a, foreign) = (start(1, &blocks), start_in(2, Uuid::from_u128(8), &blocks));
     introduce(&[&a, &foreign]);
     assert!(a.news.recv_timeout(Duration::from_millis(500)).is_err());
     assert!(a.net.connected().is_empty() && foreign.net.connected().is_empty());
@@ -205,8 +203,8 @@ fn a_node_of_another_matrix_is_refused() {
 
 #[test]
 fn strangers_without_tls_cannot_wedge_the_door() {
-    let slots = Arc::default();
-    let (a, b) = (start(1, &slots), start(2, &slots));
+    let blocks = Arc::default();
+    let (a, b) = (start(1, &blocks), start(2, &blocks));
     let mut strangers = Vec::new();
     for n in 0..8u8 {
         let mut stranger = std::net::TcpStream::connect(a.peer.addr).expect("the port is open");
@@ -226,8 +224,8 @@ fn strangers_without_tls_cannot_wedge_the_door() {
 
 #[test]
 fn three_nodes_are_all_connected_once() {
-    let slots = Arc::default();
-    let nodes = [start(1, &slots), start(2, &slots), start(3, &slots)];
+    let blocks = Arc::default();
+    let nodes = [start(1, &blocks), start(2, &blocks), start(3, &blocks)];
     introduce(&nodes.each_ref());
     for node in &nodes {
         let connected: BTreeSet<Who> = (0..2)

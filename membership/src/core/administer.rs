@@ -11,6 +11,7 @@ use storage_control::{Generation, NodeId};
 
 use super::watch::Standing;
 use super::{Application, CloseReason, Membership, Notice, Output, Phase, Who, Work};
+use crate::codec;
 use crate::frame::PROTOCOL_VERSION;
 use crate::message::{Message, Refusal};
 use crate::times::{ELECTION_MS, RETRY_MS, ms};
@@ -158,7 +159,8 @@ impl Membership {
             let applicant = &application.applicant;
             match self.admission(next, &application) {
                 Admission::Admit(journal) => {
-                    next.admit(Member {
+                    let mut with = next.clone();
+                    with.admit(Member {
                         node: applicant.node,
                         incarnation: applicant.incarnation,
                         name: applicant.name.clone(),
@@ -166,7 +168,14 @@ impl Membership {
                         fingerprint: applicant.fingerprint,
                         journal,
                     });
-                    came = true;
+                    if codec::has_room(&with) {
+                        *next = with;
+                        came = true;
+                    } else {
+                        self.applications.remove(&applicant.node);
+                        let full = Refusal::Full(next.members.len() as u16);
+                        self.send(applicant.node, Message::Refused(full));
+                    }
                 }
                 Admission::Refuse(refusal) => {
                     self.applications.remove(&applicant.node);
@@ -192,6 +201,9 @@ impl Membership {
         }
         match self.watch.slot(applicant.node) {
             Some(slot) if slot.incarnation == applicant.incarnation => {
+                if let Some(why) = &slot.unfenceable {
+                    return Admission::Refuse(Refusal::NoFence(why.clone()));
+                }
                 if slot.fingerprint != applicant.fingerprint || slot.addr != applicant.addr {
                     return Admission::Refuse(Refusal::WrongKey);
                 }

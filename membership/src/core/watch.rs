@@ -27,6 +27,10 @@ pub struct SlotSeen {
     pub heard: NodeSet,
     /// Whether it calls itself healthy.
     pub healthy: bool,
+    /// Its holder says that it has stopped writing for good.
+    pub stopped: bool,
+    /// Why this node could not fence it, if it could not.
+    pub unfenceable: Option<String>,
     /// Its name.
     pub name: String,
     /// Where it listens.
@@ -54,7 +58,7 @@ pub enum Standing {
     Unheard,
     /// Not seen on the disk for longer than its lease, but heard.
     Stalled,
-    /// Proven dead, replaced by a later incarnation, or silent for too long.
+    /// Proven dead, stopped by its own word, replaced by a later incarnation, or silent for too long.
     Dead,
 }
 
@@ -184,8 +188,10 @@ impl Watch {
     pub(crate) fn standing(&self, now: Instant, node: NodeId, incarnation: Incarnation) -> Standing {
         let unknown = Peer::default();
         let peer = self.peers.get(&node).unwrap_or(&unknown);
-        let replaced = peer.slot.as_ref().is_some_and(|slot| slot.incarnation > incarnation);
-        if replaced || node == self.me || peer.proven_dead == Some(incarnation) {
+        let over = |slot: &SlotSeen| {
+            slot.incarnation > incarnation || (slot.stopped && slot.incarnation == incarnation)
+        };
+        if peer.slot.as_ref().is_some_and(over) || node == self.me || peer.proven_dead == Some(incarnation) {
             // Our own slot is ours: whoever had it before is an earlier incarnation.
             return Standing::Dead;
         }

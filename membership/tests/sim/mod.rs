@@ -264,7 +264,7 @@ impl World {
         }
         // The claim: by proof, or by watching the slot for the full wait.
         if !self.scenario.proofs
-            && let Some((_, changed)) = self.slots.get(&id)
+            && let Some((_, changed)) = self.slots.get(&id).filter(|(slot, _)| !slot.stopped)
         {
             let free = changed + (LEASE_MS + LEASE_MS / 50) * MS;
             if self.now < free {
@@ -286,6 +286,8 @@ impl World {
             sequence: 1,
             heard: Default::default(),
             healthy: true,
+            stopped: false,
+            unfenceable: None,
             name: me.name.clone(),
             addr: me.addr,
             fingerprint: me.fingerprint,
@@ -493,8 +495,9 @@ impl World {
             self.kill(victim.0);
             self.after(2_000 * MS, Event::Restart(victim.0));
         }
+        let stopped = self.slots.get(&victim.0).is_some_and(|(slot, _)| slot.stopped && slot.incarnation == victim.1);
         let unchanged = seen == now_seen && self.now - since >= (LEASE_MS + LEASE_MS / 50) * MS;
-        if replaced || self.scenario.proofs || unchanged {
+        if replaced || stopped || self.scenario.proofs || unchanged {
             let (node, incarnation) = victim;
             self.note(format!("{by:?} confirms the fence of {victim:?}"));
             return self.give(by, Input::FenceDone { node, incarnation, result: Ok(()) });
@@ -634,6 +637,11 @@ impl World {
         let node = self.nodes.get_mut(&who.0).expect("a running node");
         node.closed = true;
         node.installed = None;
+        let says_so = self.random.chance(50) && !self.disk_blocked.contains(&who.0);
+        if let Some((slot, _)) = self.slots.get_mut(&who.0).filter(|_| says_so) {
+            slot.stopped = true;
+            slot.sequence += 1;
+        }
         self.kill(who.0);
         self.after(again_ms * MS, Event::Restart(who.0));
     }
