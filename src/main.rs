@@ -8,6 +8,8 @@ mod control;
 mod daemon;
 mod failure;
 #[allow(dead_code)]
+mod cluster;
+#[allow(dead_code)]
 mod interconnect;
 mod runtime;
 

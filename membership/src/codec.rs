@@ -31,8 +31,7 @@ pub enum CodecError {
 
 fn to_bytes<T: Serialize>(mut bytes: Vec<u8>, value: &T) -> Vec<u8> {
     let config = bincode::config::standard();
-    bincode::serde::encode_into_std_write(value, &mut bytes, config)
-        .expect("memory takes everything");
+    bincode::serde::encode_into_std_write(value, &mut bytes, config).expect("memory takes everything");
     bytes
 }
 

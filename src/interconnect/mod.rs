@@ -23,7 +23,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use membership::Fingerprint;
@@ -145,7 +144,6 @@ struct Link {
 pub(crate) struct Interconnect {
     shared: Arc<Shared>,
     stop: watch::Sender<bool>,
-    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Interconnect {
@@ -169,7 +167,7 @@ impl Interconnect {
         let (stop, mut stopped) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (listener, served) = (setup.listener, Arc::clone(&shared));
-        let thread = std::thread::Builder::new().name(String::from("matrix-net")).spawn(move || {
+        std::thread::Builder::new().name(String::from("matrix-net")).spawn(move || {
             runtime.block_on(async {
                 let dialling = tokio::spawn(dial_peers(Arc::clone(&served)));
                 let accepting = accept(Arc::clone(&served), listener, TlsAcceptor::from(Arc::new(server)));
@@ -181,7 +179,7 @@ impl Interconnect {
             });
             // Dropping the runtime drops every connection: peers see them end at once.
         })?;
-        Ok(Interconnect { shared, stop, thread: Mutex::new(Some(thread)) })
+        Ok(Interconnect { shared, stop })
     }
 
     /// Whom to be connected with. Queues of others are dropped, their connections stay while they are trusted.
@@ -259,13 +257,9 @@ impl Interconnect {
         self.shared.state.lock().links.values().map(|link| link.who).collect()
     }
 
-    /// Closes everything and waits for the thread, unless it is the one that calls.
+    /// Closes everything. Does not wait for the thread, which may be in a hook that waits for the caller.
     pub(crate) fn stop(&self) {
         let _ = self.stop.send(true);
-        let thread = self.thread.lock().take();
-        if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id()) {
-            let _ = thread.join();
-        }
     }
 }
 

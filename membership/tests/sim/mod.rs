@@ -495,7 +495,8 @@ impl World {
             self.kill(victim.0);
             self.after(2_000 * MS, Event::Restart(victim.0));
         }
-        let stopped = self.slots.get(&victim.0).is_some_and(|(slot, _)| slot.stopped && slot.incarnation == victim.1);
+        let stopped =
+            self.slots.get(&victim.0).is_some_and(|(slot, _)| slot.stopped && slot.incarnation == victim.1);
         let unchanged = seen == now_seen && self.now - since >= (LEASE_MS + LEASE_MS / 50) * MS;
         if replaced || stopped || self.scenario.proofs || unchanged {
             let (node, incarnation) = victim;
