@@ -356,3 +356,6 @@ async fn add_journal(alloc: &Alloc, sb: &Superblock, index: u16) -> Result<Block
 }
 
 const _: () = assert!(BLOCK_SIZE == 4096);
+
+#[cfg(test)]
+mod tests;
