@@ -14,6 +14,9 @@ use crate::{
     store::block_of,
 };
 
+/// Groups of its own that a node tries before it waits for one.
+const OWN_TRIES: usize = 4;
+
 /// What a reservation should hold.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Want {
@@ -122,9 +125,9 @@ impl std::fmt::Debug for Reservation {
 }
 
 impl Alloc {
-    /// Picks blocks, in this order: the wished group, groups held already, groups this node masters (no message),
-    /// others by try; when space is short after forcing out what is freed, by waiting. No transaction handle
-    /// may be open.
+    /// Picks blocks, in this order: the wished group, groups held already, groups this node masters, others by try;
+    /// when space is short after forcing out what is freed, by waiting. No transaction handle may be open, and the
+    /// caller has no other reservation and no `FreeGuard`: it may wait for a group.
     pub async fn reserve(&self, want: Want) -> Result<Reservation, FsError> {
         self.reserve_backed(want, 0).await
     }
@@ -142,8 +145,22 @@ impl Alloc {
                 return Ok(res);
             }
         }
-        if self.take_from_all(&mut res, self.held_groups(home), How::Cached, backed).await?
-            || self.take_from_all(&mut res, self.other_groups(true), How::Try, backed).await?
+        if self.take_from_all(&mut res, self.held_groups(home), How::Cached, backed).await? {
+            return Ok(res);
+        }
+        // Asking for a group makes its holder give it up: first one of the own, even if that takes a wait.
+        let own = self.other_groups(true);
+        let tried = own.iter().copied().take(OWN_TRIES).collect();
+        if self.take_from_all(&mut res, tried, How::Try, backed).await? {
+            return Ok(res);
+        }
+        if let Some(&emptiest) = own.first()
+            && res.parts.is_empty()
+            && self.take_from(&mut res, emptiest, How::Wait, backed).await?
+        {
+            return Ok(res);
+        }
+        if self.take_from_all(&mut res, self.other_groups(true), How::Try, backed).await?
             || self.take_from_all(&mut res, self.other_groups(false), How::Try, backed).await?
         {
             return Ok(res);

@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use super::{dinode, dirent, extent, index, orphan, xattr};
+use super::{dinode, dirent, extent, group, header, index, journal, orphan, superblock, xattr};
 
 /// The rows (offset, bytes, field) of the table under the heading that names the structure.
 fn table(name: &str) -> Vec<(usize, usize, String)> {
@@ -83,4 +83,95 @@ fn the_structures_of_inodes_are_as_documented() {
     documented!(xattr::XattrHead { next, used, reserved });
     documented!(orphan::OrphanHead { next, count, reserved });
     documented!(orphan::RawOrphan { ino, generation, kind, reserved });
+}
+
+#[test]
+fn the_structures_of_blocks_groups_and_journals_are_as_documented() {
+    documented!(header::Header {
+        magic,
+        kind,
+        flags,
+        addr,
+        secret,
+        version,
+        owner_number,
+        owner_kind,
+        reserved,
+        owner_generation,
+        checksum,
+        reserved2
+    });
+    documented!(superblock::SuperblockImage {
+        header,
+        format_version,
+        block_size,
+        compat,
+        ro_compat,
+        incompat,
+        uuid,
+        label,
+        blocks,
+        fs_start,
+        groups_start,
+        group_blocks,
+        groups,
+        root,
+        journal_blocks,
+        journal_slots,
+        created_secs,
+        created_nanos,
+        device_count,
+        quota_root,
+        deltas_root,
+        orphans_root,
+        reserved,
+        devices,
+        reserved2,
+        journals
+    });
+    documented!(superblock::DeviceEntry { uuid, blocks, reserved });
+    documented!(group::GroupImage {
+        header,
+        index,
+        blocks,
+        bitmap_blocks,
+        bitmaps_written,
+        free,
+        data,
+        metadata,
+        freed_metadata,
+        promised,
+        refcount_root,
+        reservations_root,
+        stamp,
+        reserved
+    });
+    documented!(group::BitmapImage { header, group, index, last_metadata_free, reserved, bits });
+    documented!(journal::JournalImage {
+        header,
+        journal,
+        clean,
+        ring_blocks,
+        epoch,
+        writes,
+        tail_seq,
+        tail_at,
+        tail_clock,
+        clock,
+        reserved
+    });
+    documented!(journal::RecordImage {
+        header,
+        epoch,
+        seq,
+        stable_seq,
+        record_type,
+        flags,
+        images,
+        descriptors,
+        index,
+        reserved,
+        entries
+    });
+    documented!(journal::EntryImage { addr, checksum, reserved });
 }

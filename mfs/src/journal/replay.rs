@@ -105,7 +105,7 @@ pub async fn replay(
     if head.clean {
         return Ok(ReplayReport { clock: head.clock, ..ReplayReport::default() });
     }
-    let contents = read_contents(&**device, &place, &head, Some(runtime)).await?;
+    let contents = read_contents(&**device, &place, &head, runtime).await?;
     check_addresses(superblock, &contents)?;
     let total = contents.newest.len() as u64;
     let stale = choose_stale(&**device, &place, contents.newest, runtime).await?;
@@ -135,7 +135,7 @@ pub async fn scan(
     if head.clean {
         return Ok(Scan { empty: true, records: 0, owners: BTreeSet::new(), clock: head.clock });
     }
-    let contents = read_contents(&**device, &place, &head, Some(runtime)).await?;
+    let contents = read_contents(&**device, &place, &head, runtime).await?;
     Ok(Scan {
         empty: contents.records == 0,
         records: contents.records,
@@ -144,7 +144,7 @@ pub async fn scan(
     })
 }
 
-/// Whether a journal holds a record that needs replay.
+/// Whether a journal that is not clean holds a record that needs replay.
 pub(crate) async fn has_records(device: &dyn Device, place: &Place, head: &Head) -> Result<bool, FsError> {
     Ok(find_record(device, place, head, head.tail_seq, head.tail_at).await?.is_some())
 }
@@ -153,7 +153,7 @@ async fn read_contents(
     device: &dyn Device,
     place: &Place,
     head: &Head,
-    runtime: Option<&Arc<dyn Runtime>>,
+    runtime: &Arc<dyn Runtime>,
 ) -> Result<Contents, FsError> {
     let mut contents = Contents { clock: head.clock.max(head.tail_clock), ..Contents::default() };
     let (mut seq, mut at) = (head.tail_seq, head.tail_at);
@@ -162,7 +162,7 @@ async fn read_contents(
         let found = find_record(device, place, head, seq, at).await?;
         let Some(record) = found else {
             // The end, unless the record is whole when it is read again.
-            if !paused && let Some(runtime) = runtime {
+            if !paused {
                 paused = true;
                 runtime.sleep(Duration::from_millis(REREAD_AFTER_MS)).await;
                 continue;

@@ -38,7 +38,7 @@ use crate::{
         header::{self, BlockKind, Header},
         superblock::{Geometry, Superblock},
     },
-    journal::{self, Head, Place, Ring},
+    journal::{Head, Place, Ring},
 };
 
 /// One 4 KiB block as this node sees it now. Its header's version is that of its last commit; the checksum is
@@ -117,7 +117,8 @@ pub struct StoreStats {
 }
 
 impl Store {
-    /// Takes a replayed journal into use. `FsError::DirtyJournal` if it holds records.
+    /// Takes a clean journal into use: a new, replayed or properly shut down one. `FsError::DirtyJournal` if it is
+    /// none of these.
     pub async fn open(
         device: Arc<dyn Device>,
         superblock: Superblock,
@@ -139,7 +140,7 @@ impl Store {
     ) -> Result<Store, FsError> {
         let place = Place::of(&superblock, journal)?;
         let before = Head::read(&*device, &place).await?;
-        if !before.clean && journal::has_records(&*device, &place, &before).await? {
+        if !before.clean {
             return Err(FsError::DirtyJournal(journal));
         }
         let impossible = |_| FsError::corrupt("journal header", place.start, "its clock is impossible");
