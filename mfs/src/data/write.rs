@@ -17,6 +17,9 @@ use crate::inode_table::Inode;
 use crate::ops::{Result, Write};
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
+/// Promised for a file's map, beside its data. What a badly fragmented one needs beyond that comes out of the
+/// groups' reserve.
+const MAP_BLOCKS: u64 = 8;
 
 impl Filesystem {
     /// Writes all of it or nothing.
@@ -27,7 +30,7 @@ impl Filesystem {
         }
         // Both may wait for write-back, which needs locks: before this one.
         self.data.wait_for_room().await;
-        let most_blocks = len.div_ceil(BLOCK) + 2;
+        let most_blocks = len.div_ceil(BLOCK) + 2 + MAP_BLOCKS;
         let promise = match self.alloc.promise_wait(most_blocks).await {
             Ok(promise) => Some(promise),
             // Blocks that the file has already need no space.
@@ -112,6 +115,7 @@ impl Filesystem {
     /// Keeps of a promise what newly dirty blocks may need.
     pub(super) fn keep_promise(&self, state: &mut super::FileState, promise: Option<Promise>, blocks: u64) {
         let Some(mut promise) = promise else { return };
+        let blocks = if state.promise.is_none() { blocks.saturating_add(MAP_BLOCKS) } else { blocks };
         if promise.blocks() > blocks {
             drop(promise.split(promise.blocks() - blocks));
         }

@@ -17,6 +17,7 @@ use super::chunks::{CHUNK_BLOCKS, Captured};
 use super::read::is_closed;
 use super::{AGE_CHECK, FileState, Pending, WRITE_BACK_AFTER, WriteSeq};
 use crate::alloc::{Reservation, Run, Want};
+use crate::error::FsError;
 use crate::extent::{self, Extent, Mapping};
 use crate::filesystem::{Filesystem, group_of};
 use crate::inode::{self, Content, Dinode, Needs};
@@ -355,7 +356,13 @@ impl Filesystem {
         let mut meta = self.map_needs(dinode, layout).await?.meta;
         loop {
             let want = Want { meta, data, near, goal, contiguous_hint: data, urgent: false };
-            let space = self.reserve_from_promise(inode, want).await?;
+            let space = match self.reserve_from_promise(inode, want).await {
+                // The data were promised their space; what is short is space for the map.
+                Err(FsError::NoSpace) => {
+                    self.reserve_from_promise(inode, Want { urgent: true, ..want }).await?
+                }
+                space => space?,
+            };
             let placed = place(layout, space.runs());
             // Several runs for one hole are several extents. Nothing is written yet: ask again for more.
             let needed = self.map_needs(dinode, &placed).await?.meta;
