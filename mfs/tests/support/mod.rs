@@ -1,6 +1,8 @@
 //! A filesystem on a device in memory, in a simulated world: one thread, one seed.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 
+pub mod model;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -95,7 +97,7 @@ impl Bed {
     /// The check after every test: nothing is found.
     pub async fn fsck(&self) {
         let options = fsck::Options { replay: Some(self.shared_runtime()), ..fsck::Options::default() };
-        let report = fsck::check(self.shared(), FS_START, options).await;
+        let report = fsck::check_at(self.shared(), FS_START, options).await;
         assert!(report.is_clean(), "{report:#?}");
     }
 
