@@ -23,7 +23,7 @@ use crate::{Mode, PARTITIONS, Resource, Value, ValueBlock};
 pub(crate) struct Own {
     pub(crate) held: Mode,
     /// The value block as of the last grant or of our own write.
-    pub(crate) value: Option<Value>,
+    pub(crate) value: Option<Box<Value>>,
     pub(crate) ask: Option<OwnAsk>,
 }
 
@@ -146,7 +146,8 @@ impl Dlm {
         assert!(own.held != to && own.held.covers(to), "down is below");
         assert!(value.is_none() || own.held.writes_value(), "the value block is written under PW or EX");
         if let Some(block) = value {
-            own.value = Some(Value { sequence: own.value.map_or(0, |v| v.sequence) + 1, block });
+            let sequence = own.value.as_ref().map_or(0, |v| v.sequence) + 1;
+            own.value = Some(Box::new(Value { sequence, block }));
         }
         if to == Mode::NL {
             self.own.remove(&res);
@@ -293,7 +294,7 @@ impl Dlm {
             Some(ask) if ask.op == op => return Err(Fault::Contradiction(res)),
             Some(_) | None => return Ok(()), // a duplicate
         }
-        *own = Own { held: mode, value, ask: None };
+        *own = Own { held: mode, value: value.map(Box::new), ask: None };
         self.out.push_back(Output::Granted { res, mode, value });
         Ok(())
     }

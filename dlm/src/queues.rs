@@ -83,8 +83,8 @@ pub(crate) struct Queues {
     pub(crate) converting: VecDeque<Waiter>,
     pub(crate) waiting: VecDeque<Waiter>,
     pub(crate) ghosts: Vec<Ghost>,
-    /// The value block as last written; `valid` says whether it may be given out.
-    pub(crate) value: Option<Value>,
+    /// The value block as last written (few resources have one); `valid` says whether it may be given out.
+    pub(crate) value: Option<Box<Value>>,
     pub(crate) valid: bool,
     /// A survivor reported EX when the shard came: no departed node can hold anything here.
     untouched: bool,
@@ -112,7 +112,7 @@ impl Queues {
     }
 
     fn valid_value(&self) -> Option<Value> {
-        self.value.filter(|_| self.valid)
+        self.value.as_deref().copied().filter(|_| self.valid)
     }
 
     /// Whether no other node's granted mode, living or departed, is in the way.
@@ -204,7 +204,8 @@ impl Queues {
             if !from.writes_value() {
                 return false;
             }
-            self.value = Some(Value { sequence: self.value.map_or(0, |v| v.sequence) + 1, block });
+            let sequence = self.value.as_ref().map_or(0, |v| v.sequence) + 1;
+            self.value = Some(Box::new(Value { sequence, block }));
             self.valid = true;
         }
         if to == Mode::NL {
@@ -367,10 +368,11 @@ impl Queues {
     }
 
     fn settle_value(&mut self, known: Mode, held: Mode, value: Option<Value>) {
-        let newer =
-            value.filter(|v| held.fixes_value() && self.value.is_none_or(|own| v.sequence > own.sequence));
+        let newer = value.filter(|v| {
+            held.fixes_value() && self.value.as_ref().is_none_or(|own| v.sequence > own.sequence)
+        });
         if let Some(value) = newer {
-            (self.value, self.valid) = (Some(value), true);
+            (self.value, self.valid) = (Some(Box::new(value)), true);
         } else if known.writes_value() && !held.fixes_value() {
             self.valid = false; // written or not, we cannot know: the message with it is lost
         }

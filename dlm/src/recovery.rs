@@ -130,7 +130,7 @@ impl Dlm {
                 want: ask.want,
                 waited_ms: now.since(ask.since).as_millis() as u64,
             });
-            entries.push(Entry { res: *res, held: own.held, value: own.value, ask });
+            entries.push(Entry { res: *res, held: own.held, value: own.value.as_deref().copied(), ask });
         }
         for (master, mut entries) in reports {
             entries.sort_by_key(|entry| entry.res);

@@ -98,6 +98,6 @@ fn info(now: Instant, res: Resource, queues: &Queues, open: Open) -> ResourceInf
             waits_for,
         });
     }
-    let value_sequence = queues.value.filter(|_| queues.valid).map(|value| value.sequence);
+    let value_sequence = queues.value.as_ref().filter(|_| queues.valid).map(|value| value.sequence);
     ResourceInfo { res, holders, waiters, value_sequence, held_back: open != Open::Yes }
 }

@@ -109,7 +109,7 @@ pub(crate) struct Entry {
     pub(crate) phase: Phase,
     /// Modes others want that the held one is in the way of.
     pub(crate) wanted: ModeSet,
-    pub(crate) value: Option<ValueBlock>,
+    pub(crate) value: Option<Box<ValueBlock>>,
     pub(crate) value_written: bool,
     /// To wake when the lock's way down goes on or ends.
     pub(crate) watchers: Vec<Waker>,

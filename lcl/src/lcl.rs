@@ -484,7 +484,12 @@ impl Guard {
 
     /// The value block, where it is valid.
     pub fn value(&self) -> Option<ValueBlock> {
-        self.lcl.partition(self.res).lock().entries.peek(&self.res).and_then(|entry| entry.value)
+        self.lcl
+            .partition(self.res)
+            .lock()
+            .entries
+            .peek(&self.res)
+            .and_then(|entry| entry.value.as_deref().copied())
     }
 
     /// Writes the value block; others see it when the lock goes down. Under PW or EX only.
@@ -492,7 +497,7 @@ impl Guard {
         assert!(self.mode.writes_value(), "the value block is written under PW or EX");
         let mut partition = self.lcl.partition(self.res).lock();
         let entry = partition.entries.peek_mut(&self.res).expect("a used lock has an entry");
-        (entry.value, entry.value_written) = (Some(value), true);
+        (entry.value, entry.value_written) = (Some(Box::new(value)), true);
     }
 }
 
@@ -505,6 +510,9 @@ impl fmt::Debug for Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         let Guard { res, mode, scope, .. } = *self;
-        self.lcl.locked(res, |partition, step| partition.leave(step, res, mode, scope));
+        let now = self.lcl.0.runtime.now();
+        if !self.lcl.partition(res).lock().leave_unnoticed(now, res, mode, scope) {
+            self.lcl.locked(res, |partition, step| partition.leave(step, res, mode, scope));
+        }
     }
 }

@@ -178,7 +178,7 @@ impl Partition {
         entry.asking = None;
         (entry.granted_at, entry.last_use) = (step.now, step.now);
         if !entry.value_written {
-            entry.value = value;
+            entry.value = value.map(Box::new);
         }
         if step.hooks.has(res.kind) {
             entry.opening = Some(mode);
@@ -210,6 +210,16 @@ impl Partition {
             entry.held = mode;
         }
         self.settle(step, res);
+    }
+
+    /// A use ends, if nobody waits for that; the common case.
+    pub(crate) fn leave_unnoticed(&mut self, now: Instant, res: Resource, mode: Mode, scope: Scope) -> bool {
+        let entry = self.entries.peek_mut(&res).expect("a used lock has an entry");
+        let unnoticed = entry.queue.is_empty() && entry.phase == Phase::Open;
+        if unnoticed {
+            entry.leave(now, mode, scope);
+        }
+        unnoticed
     }
 
     /// A use ends.
@@ -293,7 +303,7 @@ impl Partition {
         let entry = self.entries.peek_mut(&res).expect("a lock on its way down has an entry");
         if stable {
             let written = std::mem::take(&mut entry.value_written);
-            let value = if written { entry.value } else { None };
+            let value = if written { entry.value.as_deref().copied() } else { None };
             self.dlm.downconvert(step.now, res, keep, value);
             entry.held = keep;
             entry.phase = Phase::Open;

@@ -43,6 +43,7 @@ struct Shared {
     /// Nothing of these generations arrives on the link any more.
     broken: BTreeMap<(Name, Name), Generation>,
     reads: u64,
+    values: u64,
     kernel_reads: u64,
     writes: u64,
 }
@@ -348,7 +349,7 @@ impl Cluster {
     fn use_it(&self, me: Name, guard: &Guard, write: bool) {
         let res = guard.resource();
         let mut shared = self.shared.lock();
-        let Shared { disk, truth, nodes, reads, writes, .. } = &mut *shared;
+        let Shared { disk, truth, nodes, reads, writes, values, .. } = &mut *shared;
         let machine = nodes.get_mut(&me).expect("a node");
         if !machine.alive {
             return; // the gate is closed
@@ -362,6 +363,7 @@ impl Cluster {
             guard.mode()
         );
         if let Some(value) = guard.value() {
+            *values += 1;
             assert_eq!(
                 u64::from_le_bytes(value.0[..8].try_into().expect("eight bytes")),
                 number,
@@ -489,6 +491,12 @@ fn run(seed: u64, trouble: bool) -> (u64, u64) {
     leave(&cluster);
     let shared = cluster.shared.lock();
     assert_eq!(shared.disk, shared.truth, "what was written is on the disk");
+    assert!(
+        shared.values > shared.reads / 4,
+        "values come with grants: {} of {}",
+        shared.values,
+        shared.reads
+    );
     (shared.reads, shared.writes)
 }
 

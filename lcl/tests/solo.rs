@@ -1,7 +1,7 @@
 //! One node alone: users, scopes, callouts.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lcl::{
@@ -27,6 +27,7 @@ struct Counting {
     purged: AtomicU32,
     flushed: AtomicU32,
     fails: bool,
+    lcl: OnceLock<Lcl>,
 }
 
 impl Callouts for Counting {
@@ -41,7 +42,12 @@ impl Callouts for Counting {
         Box::pin(async move { result })
     }
 
-    fn acquired(&self, _: Resource, _: Mode) {
+    fn acquired(&self, res: Resource, mode: Mode) {
+        let lcl = self.lcl.get().expect("the test sets it");
+        assert!(
+            lcl.try_cached(res, mode, Scope::Server).is_none(),
+            "nobody is in before the client has heard"
+        );
         self.acquired.fetch_add(1, SeqCst);
     }
 }
@@ -119,7 +125,7 @@ fn a_dropped_wait_leaves_no_trace() {
 #[test]
 fn release_all_runs_every_callout_once() {
     let (runtime, lcl) = solo();
-    let calls = Arc::new(Counting::default());
+    let calls = Arc::new(Counting { lcl: lcl.clone().into(), ..Counting::default() });
     lcl.set_callouts(KIND, calls.clone());
     for number in 0..300 {
         drop(lcl.try_cached(res(number), Mode::EX, Scope::Server).unwrap());
@@ -136,7 +142,10 @@ fn release_all_runs_every_callout_once() {
 #[test]
 fn a_lock_whose_flush_fails_is_kept() {
     let (runtime, lcl) = solo();
-    lcl.set_callouts(KIND, Arc::new(Counting { fails: true, ..Counting::default() }));
+    lcl.set_callouts(
+        KIND,
+        Arc::new(Counting { fails: true, lcl: lcl.clone().into(), ..Counting::default() }),
+    );
     drop(lcl.try_cached(res(1), Mode::EX, Scope::Server).unwrap());
     let handle = lcl.clone();
     assert_eq!(runtime.run(async move { handle.release_all().await }), Err(ReleaseError::Kept(res(1))));
@@ -245,21 +254,20 @@ fn threads_exclude_each_other_in_process_scope() {
 #[test]
 #[ignore = "a measurement"]
 fn fast_path() {
-    const TURNS: u32 = 1_000_000;
     let lcl = Lcl::solo(Arc::new(TestRuntime::new()));
-    let time = |what: &str, mut f: Box<dyn FnMut(u64)>| {
+    let time = |what: &str, turns: u32, f: &dyn Fn(u64)| {
         let start = std::time::Instant::now();
-        (0..u64::from(TURNS)).for_each(&mut f);
-        println!("{what}: {:?} each", start.elapsed() / TURNS);
+        (0..u64::from(turns)).for_each(f);
+        println!("{what}: {:?} each", start.elapsed() / turns);
     };
-    let handle = lcl.clone();
-    time(
-        "cached lock and unlock",
-        Box::new(move |_| drop(handle.try_cached(res(1), Mode::PR, Scope::Process))),
-    );
-    let handle = lcl.clone();
-    time(
-        "first local grant",
-        Box::new(move |n| drop(handle.try_cached(res(n + 10), Mode::EX, Scope::Server))),
-    );
+    let runtime = TestRuntime::new();
+    time("the clock", 1_000_000, &|_| {
+        std::hint::black_box(runtime.now());
+    });
+    time("cached lock and unlock", 1_000_000, &|_| drop(lcl.try_cached(res(1), Mode::PR, Scope::Process)));
+    time("first local grant, small", 10_000, &|n| {
+        drop(lcl.try_cached(res(n + 1_000_000), Mode::EX, Scope::Server))
+    });
+    time("first local grant", 200_000, &|n| drop(lcl.try_cached(res(n + 10), Mode::EX, Scope::Server)));
+    time("one of many cached", 200_000, &|n| drop(lcl.try_cached(res(n + 10), Mode::EX, Scope::Server)));
 }
