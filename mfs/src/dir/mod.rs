@@ -309,8 +309,12 @@ pub async fn remove(
 ) -> Result<(), FsError> {
     let cookie = removal.dirent.cookie;
     let tree = tree(store, dinode);
+    let mut size = dinode.size.saturating_sub(packed::size(&removal.dirent.name) as u64);
     match &mut dinode.content {
-        Content::Dirents(bytes) => *bytes = packed::without(dinode.ino, bytes, cookie)?.bytes,
+        Content::Dirents(bytes) => {
+            *bytes = packed::without(dinode.ino, bytes, cookie)?.bytes;
+            size = bytes.len() as u64;
+        }
         Content::DirentTree(root) => {
             let path = tree.descend(root, cookie).await?;
             let shrunk = packed::without(path.end_addr().0, path.leaf()?.bytes, cookie)?;
@@ -318,6 +322,7 @@ pub async fn remove(
                 Some(guard) if shrunk.count == 0 && removal.frees == Some(path.end_addr()) => {
                     if tree.take_out(txn, guard, &mut dinode.blocks, root, &path).await? {
                         dinode.content = Content::Dirents(Vec::new());
+                        size = 0;
                     }
                 }
                 _ => tree.put_whole(txn, &path, shrunk).await?,
@@ -328,7 +333,7 @@ pub async fn remove(
         }
     }
     dinode.entries = dinode.entries.saturating_sub(1);
-    dinode.size = dinode.size.saturating_sub(packed::size(&removal.dirent.name) as u64);
+    dinode.size = size;
     Ok(())
 }
 

@@ -11,6 +11,8 @@ use crate::format::extent::{LEAF_MAX, LEN_MAX, LOGICAL_END, RawExtent, flags};
 use crate::index::{LeafBytes, Path, Split, cut};
 
 const SIZE: usize = size_of::<RawExtent>();
+/// Why blocks cannot be mapped.
+pub(super) const MAPPED: &str = "a block that is to be mapped has a place already";
 const PHYSICAL_END: u64 = 1 << 48;
 
 /// Checks and reads extents that rise and do not touch, from the block at `addr`.
@@ -104,7 +106,7 @@ pub(super) fn insert(list: &mut Vec<Extent>, new: Extent) -> Result<usize, &'sta
     let overlaps = at.checked_sub(1).is_some_and(|before| list[before].end() > new.logical)
         || list.get(at).is_some_and(|after| after.logical < new.end());
     if overlaps {
-        return Err("a block that is to be mapped has a place already");
+        return Err(MAPPED);
     }
     list.insert(at, new);
     if list.get(at + 1).is_some_and(|after| joins(&list[at], after)) {

@@ -192,23 +192,35 @@ pub async fn next_data(store: &Store, dinode: &Dinode, from: u64) -> Result<Opti
     Ok(found)
 }
 
-/// What [`insert`] of blocks `[logical, logical + len)` may need. Also reads all that it will read, so that
-/// a damaged tree is found before the transaction opens.
+/// What [`insert`] of blocks `[logical, logical + len)` may need. Reads all that it will read and checks that
+/// the blocks are a hole, so that a damaged tree is found before the transaction opens.
 pub async fn insert_needs(store: &Store, dinode: &Dinode, logical: u64, len: u64) -> Result<Needs, FsError> {
+    let range = logical..logical.saturating_add(len.max(1));
     let root = match shape(dinode) {
-        Shape::Other | Shape::Inline(_) => return Ok(needs_insert(0)),
+        Shape::Other => return Ok(needs_insert(0)),
+        Shape::Inline(list) => {
+            check_hole(dinode, list, &range)?;
+            return Ok(needs_insert(0));
+        }
         Shape::Tree(root) => root,
     };
     let mut needs = Needs::default();
-    let (mut key, end) = (logical, logical.saturating_add(len.max(1)));
-    while key < end {
+    let mut key = range.start;
+    while key < range.end {
         let path = tree(store, dinode).descend(root, key).await?;
-        leaf::decode(&path)?;
+        check_hole(dinode, &leaf::decode(&path)?, &range)?;
         // The first piece may add a level to the tree.
         needs = needs + needs_insert(root.depth + u8::from(key != logical));
         key = path.upper.unwrap_or(u64::MAX);
     }
     Ok(needs)
+}
+
+fn check_hole(dinode: &Dinode, list: &[Extent], range: &Range<u64>) -> Result<(), FsError> {
+    match leaf::touching(list, range) {
+        [] => Ok(()),
+        _ => Err(FsError::corrupt("extents of inode", dinode.addr(), leaf::MAPPED)),
+    }
 }
 
 /// Maps the blocks of `new`, which must be a hole, joining them with neighbours that continue on the device.

@@ -120,6 +120,9 @@ impl Checker<'_> {
             let bitmap = BitmapImage::of(&bitmap);
             let first = index * BLOCKS_PER_BITMAP;
             let blocks = BLOCKS_PER_BITMAP.min(geometry.blocks_in(group) - first);
+            if (blocks..BLOCKS_PER_BITMAP).any(|block| bitmap.get(block) != BlockState::Free) {
+                self.report.error(what.as_str(), start, "its bitmap marks blocks past its end");
+            }
             for block in 0..blocks {
                 let addr = BlockAddr(start.0 + u64::from(first + block));
                 let mapped = bitmap.get(block);

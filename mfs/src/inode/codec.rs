@@ -12,6 +12,8 @@ use crate::format::dinode::{
 use crate::format::header::Header;
 use crate::index::Root;
 
+/// More blocks than addresses have.
+const COUNT_MAX: u64 = 1 << 48;
 const NANOS_PER_SEC: u32 = 1_000_000_000;
 
 /// A dinode that breaks the format.
@@ -41,6 +43,10 @@ pub(super) fn decode(ino: u64, block: &[u8]) -> Result<Dinode, FsError> {
     }
     if raw.size.get() > i64::MAX as u64 {
         return Err(bad(ino, "its size is beyond every file"));
+    }
+
+    if raw.blocks.get() > COUNT_MAX || raw.entries.get() > COUNT_MAX {
+        return Err(bad(ino, "it counts more blocks or entries than a device can hold"));
     }
 
     let content_len = usize::from(raw.content_len.get());

@@ -83,6 +83,8 @@ fn a_dinode_that_breaks_a_rule_is_refused() {
         ("bits above st_mode", at(std::mem::offset_of!(RawDinode, mode)) + 2, 1),
         ("size of inline data", at(std::mem::offset_of!(RawDinode, size)), 6),
         ("negative size", at(std::mem::offset_of!(RawDinode, size)) + 7, 0x80),
+        ("count of blocks", at(std::mem::offset_of!(RawDinode, blocks)) + 6, 2),
+        ("count of entries", at(std::mem::offset_of!(RawDinode, entries)) + 7, 1),
         ("unknown flag", at(std::mem::offset_of!(RawDinode, flags)) + 3, 1),
         ("nanoseconds", at(std::mem::offset_of!(RawDinode, btime_ns)) + 3, 0xff),
         ("content format", at(std::mem::offset_of!(RawDinode, format)), 6),
