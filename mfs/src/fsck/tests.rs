@@ -1,9 +1,12 @@
+mod hostile;
+
 use std::sync::Arc;
 
 use storage_control::{MemDevice, block_on};
 
 use super::*;
 use crate::alloc::Want;
+use crate::dir;
 use crate::extent::{self, Extent};
 use crate::format::dinode::flags;
 use crate::format::header::{Block, Header, seal};
@@ -20,6 +23,8 @@ struct Sample {
     rig: Rig,
     small_dir: u64,
     large_dir: u64,
+    wide_dir: u64,
+    many_names: u64,
     fragmented: u64,
     linked: u64,
     with_attributes: u64,
@@ -50,6 +55,33 @@ async fn make_fragmented(rig: &Rig, parent: &mut Dinode, name: &[u8], extents: u
     }
     rig.link(parent, name, &mut file).await;
     file.ino
+}
+
+/// A directory with index nodes, all names of which mean one file. Returns both.
+async fn make_wide(rig: &Rig, parent: &mut Dinode) -> (u64, u64) {
+    let mut wide = make(rig, parent, b"wide", FileType::Directory).await;
+    // Leaves less room for the root.
+    let change =
+        xattr::set(&rig.store, &wide, b"user.inline", &[7; 1000], xattr::SetMode::Any).await.unwrap();
+    rig.change(&mut wide, change.needs(), async |txn, res, dir| xattr::apply(txn, res, dir, change).await)
+        .await
+        .unwrap();
+    let mut file = rig.inode(FileType::Regular).await;
+    let target = dir::Target::of(&file);
+    let is_deep = |wide: &Dinode| matches!(&wide.content, Content::DirentTree(root) if root.depth == 2);
+    file.nlink = 0;
+    while !is_deep(&wide) {
+        let name = format!("{:0250}", file.nlink).into_bytes();
+        let needs = dir::insert_needs(&wide);
+        rig.change(&mut wide, needs, async |txn, res, wide| {
+            dir::insert(&rig.store, txn, res, wide, &name, target).await
+        })
+        .await
+        .unwrap();
+        file.nlink += 1;
+    }
+    rig.change(&mut file, inode::Needs::default(), async |_, _, _| Ok(())).await.unwrap();
+    (wide.ino, file.ino)
 }
 
 async fn make_orphan(rig: &Rig) -> u64 {
@@ -93,8 +125,11 @@ async fn sample() -> Sample {
     rig.change(&mut attributed, needs, async |txn, res, file| xattr::apply(txn, res, file, change).await)
         .await
         .unwrap();
+    let (wide_dir, many_names) = make_wide(&rig, &mut root).await;
     let orphan = make_orphan(&rig).await;
     Sample {
+        wide_dir,
+        many_names,
         small_dir: small.ino,
         large_dir: large.ino,
         fragmented,
@@ -140,9 +175,12 @@ fn a_filesystem_with_something_of_everything_is_clean() {
         let report = sample.rig.check().await;
         assert!(report.is_clean(), "{report:#?}");
         assert_eq!(report.exit_code(), 0);
-        // Root, small, large and six below it.
-        assert_eq!((report.stats.directories, report.stats.orphans), (9, 1));
-        assert_eq!((report.stats.inodes, report.stats.names), (9 + 294 + 5, 9 + 294 + 5 - 1));
+        // Root, small, large and six below it, wide.
+        assert_eq!((report.stats.directories, report.stats.orphans), (10, 1));
+        let many = inode::read(&sample.rig.store, sample.many_names).await.unwrap().nlink;
+        // The orphan and the root have no name, two files have more than one.
+        assert_eq!(report.stats.inodes, 10 + 294 + 6);
+        assert_eq!(report.stats.names, 10 + 294 + 6 - 2 + 1 + u64::from(many) - 1);
         assert_eq!(report.stats.data_blocks, 400);
 
         sample.rig.store.shutdown().await.unwrap();
@@ -199,7 +237,7 @@ fn every_damage_is_found_and_named() {
         let sample = sample().await;
         sample.rig.store.shutdown().await.unwrap();
         let whole = sample.rig.device.image();
-        let Sample { rig, small_dir, large_dir, fragmented, linked, with_attributes, orphan } = &sample;
+        let Sample { rig, small_dir, large_dir, fragmented, linked, with_attributes, orphan, .. } = &sample;
         let superblock = rig.store.superblock();
         let geometry = superblock.geometry;
         type Damage<'a> = Box<dyn Fn(&MemDevice) + 'a>;

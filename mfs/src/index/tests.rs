@@ -47,13 +47,18 @@ impl Rig {
 
     /// Opens what is on a device.
     pub(crate) async fn open(device: Arc<MemDevice>) -> Rig {
+        Rig::try_open(device).await.unwrap()
+    }
+
+    /// Opens what may be on a device.
+    pub(crate) async fn try_open(device: Arc<MemDevice>) -> Result<Rig, FsError> {
         let runtime: Arc<dyn Runtime> = Arc::new(TestRuntime::new());
         let below: Arc<dyn Device> = device.clone();
-        let (superblock, _) = Superblock::read(&*below, BlockAddr(1040)).await.unwrap();
+        let (superblock, _) = Superblock::read(&*below, BlockAddr(1040)).await?;
         let clock = Arc::new(LamportClock::default());
-        let store = Store::open(below, superblock, 0, clock, Arc::clone(&runtime)).await.unwrap();
+        let store = Store::open(below, superblock, 0, clock, Arc::clone(&runtime)).await?;
         let alloc = Alloc::new(store.clone(), Lcl::solo(Arc::clone(&runtime)));
-        Rig { device, runtime, store, alloc }
+        Ok(Rig { device, runtime, store, alloc })
     }
 
     /// A new inode in a transaction of its own.
