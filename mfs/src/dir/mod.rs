@@ -20,7 +20,7 @@ use crate::error::FsError;
 use crate::format::dinode::AREA_SIZE;
 use crate::format::dirent::NAME_MAX;
 use crate::format::header::BlockKind;
-use crate::index::{Path, Tree, needs_insert};
+use crate::index::{Growth, Path, Tree, needs_insert};
 use crate::inode::{Content, Dinode, FREE_STEP_CREDITS, FileType, FreeStep, Needs, Piece};
 use crate::store::{Store, Txn};
 
@@ -225,9 +225,9 @@ pub async fn insert(
     let cookie = free_cookie(store, dinode, name).await?;
     let entry = Entry { cookie, ino: target.ino, generation: target.generation, kind: target.kind, name };
     let tree = tree(store, dinode);
-    let mut res = Some(res);
     let inline = dinode.inline_room();
     let root_room = (AREA_SIZE - dinode.xattrs.inline.len()) / 16;
+    let mut growth = Growth { txn, res: Some(res), blocks: &mut dinode.blocks };
     match &mut dinode.content {
         Content::Dirents(bytes) => {
             let grown = packed::with(dinode.ino, bytes, &entry)?;
@@ -235,7 +235,7 @@ pub async fn insert(
                 *bytes = grown.bytes;
             } else {
                 let split = packed::split(grown);
-                let root = tree.plant(txn, &mut res, &mut dinode.blocks, split).await?;
+                let root = tree.plant(&mut growth, split).await?;
                 dinode.content = Content::DirentTree(root);
             }
         }
@@ -243,7 +243,7 @@ pub async fn insert(
             let path = tree.descend(root, cookie).await?;
             let grown = packed::with(path.end_addr().0, path.leaf()?.bytes, &entry)?;
             let split = packed::split(grown);
-            tree.put_leaf(txn, &mut res, &mut dinode.blocks, root, root_room, &path, split).await?;
+            tree.put_leaf(&mut growth, root, root_room, &path, split).await?;
         }
         Content::None | Content::Data(_) | Content::Extents(_) | Content::ExtentTree(_) => {
             return Err(FsError::NotDir);

@@ -21,7 +21,7 @@ use crate::error::FsError;
 use crate::format::dinode::AREA_SIZE;
 use crate::format::extent::{LOGICAL_END, flags};
 use crate::format::header::BlockKind;
-use crate::index::{Path, Root, Tree, needs_insert};
+use crate::index::{Growth, Path, Root, Tree, needs_insert};
 use crate::inode::{Content, Dinode, Needs};
 use crate::store::{Store, Txn};
 
@@ -264,7 +264,7 @@ pub async fn insert(
 async fn put_back(
     store: &Store,
     txn: &mut Txn,
-    mut res: Option<&mut Reservation>,
+    res: Option<&mut Reservation>,
     dinode: &mut Dinode,
     path: Option<&Path>,
     list: Vec<Extent>,
@@ -272,17 +272,18 @@ async fn put_back(
 ) -> Result<(), FsError> {
     let tree = tree(store, dinode);
     let (inline, room) = (inline_room(dinode), root_room(dinode));
+    let mut growth = Growth { txn, res, blocks: &mut dinode.blocks };
     match (&mut dinode.content, path) {
         (Content::ExtentTree(root), Some(path)) => {
             let split = leaf::split(list, at);
-            tree.put_leaf(txn, &mut res, &mut dinode.blocks, root, room, path, split).await
+            tree.put_leaf(&mut growth, root, room, path, split).await
         }
         (content, _) => {
             *content = if list.len() <= inline {
                 Content::Extents(list)
             } else {
                 let split = leaf::split(list, at);
-                Content::ExtentTree(tree.plant(txn, &mut res, &mut dinode.blocks, split).await?)
+                Content::ExtentTree(tree.plant(&mut growth, split).await?)
             };
             Ok(())
         }

@@ -224,6 +224,27 @@ mod on_a_store {
         });
     }
 
+    /// The range of a first child that was freed belongs to the next one, whose own key was above it: a split
+    /// there once put a lower key behind a higher one.
+    #[test]
+    fn the_range_of_a_freed_first_leaf_fills_again() {
+        block_on(async {
+            let rig = Rig::new().await;
+            let mut file = file(&rig).await;
+            for logical in 0..1000 {
+                add(&rig, &mut file, logical * 2, 1, logical).await.unwrap();
+            }
+            take(&rig, &mut file, 0..400, usize::MAX).await;
+            for logical in (0..200).rev() {
+                add(&rig, &mut file, logical * 2, 1, logical).await.unwrap();
+            }
+            rig.assert_written(&file).await;
+            assert_eq!(mapped(&rig, &file, 0..2000).await.len(), 1000);
+            file.size = 2000 * 4096;
+            rig.assert_sound(&mut file).await;
+        });
+    }
+
     /// `insert` after a crash that left nothing but an empty index node.
     #[test]
     fn an_empty_branch_grows_again() {

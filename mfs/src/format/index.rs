@@ -1,7 +1,8 @@
 //! On-disk nodes shared by all trees: index nodes, and the head of every leaf.
 //!
-//! A node at level n has children at level n - 1; leaves are level 0. Keys of a node rise strictly. A child
-//! covers the keys from its own (the first child: from the lower bound of its node) to the next child's.
+//! A node at level n has children at level n - 1; leaves are level 0. Keys of a node start with 0
+//! and rise strictly. A child covers the keys from its own (the first child: from where its node starts) to the
+//! next child's.
 
 use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -44,7 +45,7 @@ pub struct NodeHead {
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawIndexEntry {
-    /// Lowest key below the child (the first child's is not looked at).
+    /// Lowest key below the child; 0 for the first child.
     pub key: U64,
     /// Block of the child.
     pub child: U64,

@@ -34,17 +34,37 @@ pub(crate) fn needs_insert(depth: u8) -> Needs {
     Needs { meta, credits: depth + meta }
 }
 
-/// Takes a fresh block from the reservation and logs it in its group's bitmap.
-pub(crate) async fn fresh(txn: &mut Txn, res: &mut Option<&mut Reservation>) -> Result<BlockAddr, FsError> {
-    let res = res.as_mut().expect("a change that grows a tree comes with a reservation");
-    let addr = res.meta();
-    res.log_meta(txn, addr).await?;
-    Ok(addr)
+/// What a change that may grow a tree works with.
+pub(crate) struct Growth<'a> {
+    pub(crate) txn: &'a mut Txn,
+    /// Where fresh blocks come from; a change that only shrinks needs none.
+    pub(crate) res: Option<&'a mut Reservation>,
+    /// The inode's count of blocks.
+    pub(crate) blocks: &'a mut u64,
+}
+
+impl Growth<'_> {
+    /// Takes a fresh block, logs it in its group's bitmap and counts it.
+    async fn fresh(&mut self) -> Result<BlockAddr, FsError> {
+        let res = self.res.as_mut().expect("a change that grows a tree comes with a reservation");
+        let addr = res.meta();
+        res.log_meta(self.txn, addr).await?;
+        *self.blocks += 1;
+        Ok(addr)
+    }
 }
 
 /// Where to cut a full node: in the middle, but after a new last entry (keys that only rise fill nodes).
 pub(crate) fn cut(len: usize, inserted_at: usize) -> usize {
     if inserted_at + 1 == len { len - 1 } else { len / 2 }
+}
+
+/// Takes a child out; what it covered goes to the one before it, or to a new first one.
+fn remove_child(entries: &mut Vec<IndexEntry>, slot: usize) {
+    entries.remove(slot);
+    if let Some(first) = entries.first_mut() {
+        first.key = 0;
+    }
 }
 
 impl Tree<'_> {
@@ -71,6 +91,7 @@ impl Tree<'_> {
         txn.edit(addr, self.leaf, self.owner, |block| write_node(block, 0, leaf.count, &leaf.bytes)).await
     }
 
+    /// Writes a node whose first key the caller has made 0.
     async fn edit_node(
         &self,
         txn: &mut Txn,
@@ -82,26 +103,18 @@ impl Tree<'_> {
         txn.edit(addr, self.index, self.owner, |block| write_node(block, level, entries.len(), &bytes)).await
     }
 
-    /// Makes a tree of what no longer fits the dinode. Adds to `blocks` what it takes.
-    pub(crate) async fn plant(
-        &self,
-        txn: &mut Txn,
-        res: &mut Option<&mut Reservation>,
-        blocks: &mut u64,
-        split: Split,
-    ) -> Result<Root, FsError> {
+    /// Makes a tree of what no longer fits the dinode.
+    pub(crate) async fn plant(&self, growth: &mut Growth<'_>, split: Split) -> Result<Root, FsError> {
         let (left, right) = match split {
             Split::Whole(left) => (left, None),
             Split::Two(left, key, right) => (left, Some((key, right))),
         };
-        let addr = fresh(txn, res).await?;
-        self.create_leaf(txn, addr, &left);
-        *blocks += 1;
+        let addr = growth.fresh().await?;
+        self.create_leaf(growth.txn, addr, &left);
         let mut entries = vec![IndexEntry { key: 0, child: addr }];
         if let Some((key, right)) = right {
-            let addr = fresh(txn, res).await?;
-            self.create_leaf(txn, addr, &right);
-            *blocks += 1;
+            let addr = growth.fresh().await?;
+            self.create_leaf(growth.txn, addr, &right);
             entries.push(IndexEntry { key, child: addr });
         }
         Ok(Root { depth: 1, entries })
@@ -115,13 +128,10 @@ impl Tree<'_> {
         }
     }
 
-    /// Puts the leaf at the end of `path` back. `room` is the number of entries the root may have; adds to
-    /// `blocks` what it takes.
+    /// Puts the leaf at the end of `path` back. `room` is the number of entries the root may have.
     pub(crate) async fn put_leaf(
         &self,
-        txn: &mut Txn,
-        res: &mut Option<&mut Reservation>,
-        blocks: &mut u64,
+        growth: &mut Growth<'_>,
         root: &mut Root,
         room: usize,
         path: &Path,
@@ -138,44 +148,37 @@ impl Tree<'_> {
             Split::Two(left, key, right) => (left, Some((key, right))),
         };
         match &path.end {
-            End::Leaf { addr, .. } => self.edit_leaf(txn, *addr, &left).await?,
-            End::EmptyNode => self.grow_branch(txn, res, blocks, path, &left).await?,
+            End::Leaf { addr, .. } => self.edit_leaf(growth.txn, *addr, &left).await?,
+            End::EmptyNode => self.grow_branch(growth, path, &left).await?,
         }
         let Some((key, right)) = right else { return Ok(()) };
-        let addr = fresh(txn, res).await?;
-        self.create_leaf(txn, addr, &right);
-        *blocks += 1;
-        self.insert_child(txn, res, blocks, root, room, path, IndexEntry { key, child: addr }).await
+        let addr = growth.fresh().await?;
+        self.create_leaf(growth.txn, addr, &right);
+        self.insert_child(growth, root, room, path, IndexEntry { key, child: addr }).await
     }
 
     /// Hangs a branch with one leaf below the empty node at the end of `path`.
     async fn grow_branch(
         &self,
-        txn: &mut Txn,
-        res: &mut Option<&mut Reservation>,
-        blocks: &mut u64,
+        growth: &mut Growth<'_>,
         path: &Path,
         leaf: &LeafBytes,
     ) -> Result<(), FsError> {
         let node = path.nodes.last().expect("an empty node is on the path");
-        let mut child = fresh(txn, res).await?;
-        self.create_leaf(txn, child, leaf);
-        *blocks += 1;
+        let mut child = growth.fresh().await?;
+        self.create_leaf(growth.txn, child, leaf);
         for level in 1..node.level {
-            let addr = fresh(txn, res).await?;
-            self.create_node(txn, addr, level, &[IndexEntry { key: path.lower, child }]);
-            *blocks += 1;
+            let addr = growth.fresh().await?;
+            self.create_node(growth.txn, addr, level, &[IndexEntry { key: 0, child }]);
             child = addr;
         }
-        self.edit_node(txn, node.addr, node.level, &[IndexEntry { key: path.lower, child }]).await
+        self.edit_node(growth.txn, node.addr, node.level, &[IndexEntry { key: 0, child }]).await
     }
 
     /// Inserts a child behind the end of `path`, splitting upwards.
     async fn insert_child(
         &self,
-        txn: &mut Txn,
-        res: &mut Option<&mut Reservation>,
-        blocks: &mut u64,
+        growth: &mut Growth<'_>,
         root: &mut Root,
         room: usize,
         path: &Path,
@@ -185,20 +188,19 @@ impl Tree<'_> {
             let mut entries = node.entries()?;
             entries.insert(node.slot + 1, entry);
             if entries.len() <= INDEX_MAX {
-                return self.edit_node(txn, node.addr, node.level, &entries).await;
+                return self.edit_node(growth.txn, node.addr, node.level, &entries).await;
             }
-            let right = entries.split_off(cut(entries.len(), node.slot + 1));
-            let addr = fresh(txn, res).await?;
-            self.create_node(txn, addr, node.level, &right);
-            *blocks += 1;
-            self.edit_node(txn, node.addr, node.level, &entries).await?;
-            entry = IndexEntry { key: right[0].key, child: addr };
+            let mut right = entries.split_off(cut(entries.len(), node.slot + 1));
+            let key = std::mem::take(&mut right[0].key);
+            let addr = growth.fresh().await?;
+            self.create_node(growth.txn, addr, node.level, &right);
+            self.edit_node(growth.txn, node.addr, node.level, &entries).await?;
+            entry = IndexEntry { key, child: addr };
         }
         root.entries.insert(path.root_slot + 1, entry);
         if root.entries.len() > room {
-            let addr = fresh(txn, res).await?;
-            self.create_node(txn, addr, root.depth, &root.entries);
-            *blocks += 1;
+            let addr = growth.fresh().await?;
+            self.create_node(growth.txn, addr, root.depth, &root.entries);
             root.depth += 1;
             root.entries = vec![IndexEntry { key: 0, child: addr }];
         }
@@ -222,7 +224,7 @@ impl Tree<'_> {
         let left = match above {
             Some(node) => {
                 let mut entries = node.entries()?;
-                entries.remove(node.slot);
+                remove_child(&mut entries, node.slot);
                 Some((node, entries))
             }
             None => None,
@@ -231,9 +233,7 @@ impl Tree<'_> {
         *blocks = blocks.saturating_sub(1);
         match left {
             Some((node, entries)) => self.edit_node(txn, node.addr, node.level, &entries).await?,
-            None => {
-                root.entries.remove(path.root_slot);
-            }
+            None => remove_child(&mut root.entries, path.root_slot),
         }
         Ok(root.entries.is_empty())
     }

@@ -1,7 +1,7 @@
 //! Trees of blocks under a root in the dinode, shared by directories and extents.
 //!
-//! Keys of a node rise strictly; every child covers the keys from its own up to the next child's, and
-//! everything below it lies in that range. A root has at least one child and at most [`MAX_DEPTH`] levels hang
+//! Keys of a node start with 0 and rise strictly; every child covers the keys from its own (the first: from
+//! where its node starts) up to the next child's, and everything below it lies in that range. A root has at least one child and at most [`MAX_DEPTH`] levels hang
 //! from it, each one level below its parent, so that no descent can run in a circle. Index nodes and leaves
 //! may be empty: a crash between two steps of freeing leaves them so, and inserting fills them again.
 //! A change reads everything it needs before it edits the first block.
@@ -13,7 +13,7 @@ pub(crate) mod tests;
 use storage_control::{BLOCK_SIZE, BlockAddr};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-pub(crate) use change::{LeafBytes, Split, cut, needs_insert};
+pub(crate) use change::{Growth, LeafBytes, Split, cut, needs_insert};
 
 use crate::error::FsError;
 use crate::format::header::{BlockKind, Header};
@@ -28,7 +28,7 @@ const ENTRY: usize = size_of::<RawIndexEntry>();
 /// A child and the lowest key below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IndexEntry {
-    /// Lowest key.
+    /// Lowest key; 0 in the first entry of a node, which covers from where the node starts.
     pub key: u64,
     /// Block of the child.
     pub child: BlockAddr,
@@ -65,13 +65,14 @@ fn raw_entry(bytes: &[u8], slot: usize) -> RawIndexEntry {
     RawIndexEntry::read_from_bytes(&bytes[slot * ENTRY..(slot + 1) * ENTRY]).expect("an entry has its size")
 }
 
-/// Reads entries whose keys rise.
+/// Reads entries whose keys rise from 0.
 pub(crate) fn decode_entries(addr: BlockAddr, bytes: &[u8]) -> Result<Vec<IndexEntry>, FsError> {
     let entries: Vec<IndexEntry> = (0..bytes.len() / ENTRY)
         .map(|slot| raw_entry(bytes, slot))
         .map(|raw| IndexEntry { key: raw.key.get(), child: BlockAddr(raw.child.get()) })
         .collect();
-    if entries.windows(2).any(|pair| pair[0].key >= pair[1].key) {
+    let starts = entries.first().is_none_or(|first| first.key == 0);
+    if !starts || entries.windows(2).any(|pair| pair[0].key >= pair[1].key) {
         return Err(FsError::corrupt("index node", addr, "its keys are out of order"));
     }
     Ok(entries)

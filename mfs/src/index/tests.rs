@@ -150,12 +150,12 @@ fn the_slot_of_a_key_is_that_of_the_last_lower_one() {
 #[test]
 fn hostile_nodes_are_refused() {
     let mut good = [0; BLOCK_SIZE];
-    let entries = [IndexEntry { key: 1, child: BlockAddr(7) }, IndexEntry { key: 5, child: BlockAddr(8) }];
+    let entries = [IndexEntry { key: 0, child: BlockAddr(7) }, IndexEntry { key: 5, child: BlockAddr(8) }];
     write_node(&mut good, 2, 2, &encode_entries(&entries));
     let read = |block: &[u8]| decode_entries(BlockAddr(9), node_body(BlockAddr(9), 2, block)?.bytes);
     assert_eq!(read(&good).unwrap(), entries);
     for (at, value) in
-        [(0, 1), (1, 1), (2, 3), (3, 255), (4, 31), (5, 255), (6, 1), (15, 1), (16, 5), (23, 1)]
+        [(0, 1), (1, 1), (2, 3), (3, 255), (4, 31), (5, 255), (6, 1), (15, 1), (16, 1), (32, 0)]
     {
         let mut bad = good;
         bad[HEAD_AT + at] = value;
