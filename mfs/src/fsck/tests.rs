@@ -99,7 +99,7 @@ async fn make_orphan(rig: &Rig) -> u64 {
 }
 
 async fn sample() -> Sample {
-    let rig = Rig::with_blocks(40_000).await;
+    let rig = Rig::with_blocks(20_000).await;
     let mut root = rig.root().await;
     let mut small = make(&rig, &mut root, b"small", FileType::Directory).await;
     make(&rig, &mut small, b"pipe", FileType::Fifo).await;

@@ -16,7 +16,7 @@ use crate::format::header::{BlockKind, HEADER_LEN, is_ours};
 use crate::inode::next_to_free;
 
 /// Changed images tried for each kind of block.
-const TRIES: u32 = 24;
+const TRIES: u32 = 16;
 /// Blocks of each kind that are changed.
 const BLOCKS_OF_A_KIND: usize = 6;
 /// No directory or file of the sample has more of anything than this.
@@ -164,7 +164,7 @@ fn no_image_makes_a_reader_panic_or_hang() {
             sample.orphan,
         ];
         let device = &sample.rig.device;
-        (device.image(), targets, blocks_by_kind(device, 40_000))
+        (device.image(), targets, blocks_by_kind(device, 20_000))
     });
     for kind in [
         BlockKind::Superblock,
