@@ -12,26 +12,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
-use membership::frame::{Channel, Header};
+use membership::frame::Channel;
 use membership::{
-    CasOutcome, CloseReason as Reason, Input, Membership, Message, NodeSet, Notice, Output, Phase, SlotSeen,
-    View, codec,
+    CloseReason as Reason, Input, Membership, Message, NodeSet, Notice, Output, Phase, SlotSeen, View, codec,
 };
 use parking_lot::{Mutex, RwLock};
 use storage_control::slots::{Look, PeerSet, SlotKeeper, SlotRecord, SlotState};
-use storage_control::{
-    BoxFuture, Clock, CloseReason, Gate, GateRefused, Instant, NodeId, Outcome, Register, Runtime,
-};
+use storage_control::{BoxFuture, Clock, CloseReason, Gate, GateRefused, Instant, NodeId, Register, Runtime};
 
 use super::ClusterHooks;
 use super::fencing::{Fencing, unread};
+use super::register::{read, write};
 use super::renewal::{News, Publication};
-use crate::interconnect::{Handler, Interconnect, Loss, Peer, Who};
+use crate::interconnect::{Interconnect, Peer, Who};
 
 /// The core gets a tick at least so often.
 const TICK: Duration = Duration::from_millis(100);
-/// A register that could not be read is tried again after this.
-const READ_AGAIN: Duration = Duration::from_millis(200);
 /// A replay by a node that forms the matrix waits for its first lease; looked for so often.
 const LEASE_LOOK: Duration = Duration::from_millis(5);
 /// Most events that wait for the driver.
@@ -454,39 +450,6 @@ impl Driver {
     }
 }
 
-async fn read(register: Register, runtime: Arc<dyn Runtime>) -> Event {
-    let began = runtime.now();
-    let read = register.read().await.map_err(|error| error.to_string());
-    let content = read.and_then(|content| {
-        let view = codec::decode_view(&content.body).map_err(|error| error.to_string())?;
-        Ok((content.sequence, Arc::new(view)))
-    });
-    match content {
-        Ok(content) => Event::Read(began, Some(content)),
-        Err(why) => {
-            tracing::warn!(why, "the quorum register cannot be read");
-            runtime.sleep(READ_AGAIN).await;
-            Event::Read(began, None)
-        }
-    }
-}
-
-async fn write(register: Register, expected: u64, view: Arc<View>) -> Event {
-    let outcome = match register.cas(expected, codec::encode_view(&view)).await {
-        Ok(Outcome::Committed { sequence }) => CasOutcome::Committed(sequence),
-        Ok(Outcome::Conflict(content)) => match codec::decode_view(&content.body) {
-            Ok(view) => CasOutcome::Conflict(content.sequence, Arc::new(view)),
-            Err(_) => CasOutcome::Unknown, // the read that follows says why
-        },
-        Ok(Outcome::Unknown { .. }) => CasOutcome::Unknown,
-        Err(error) => {
-            tracing::warn!(%error, "the quorum register cannot be written");
-            CasOutcome::Unknown
-        }
-    };
-    Event::Input(Input::CasDone(outcome))
-}
-
 fn peer_set(nodes: NodeSet) -> PeerSet {
     nodes.iter().collect()
 }
@@ -505,49 +468,4 @@ pub(super) fn least_tail(shown: &Shown) -> Clock {
         record.map_or(Clock(0), |record| record.journal_tail)
     });
     tails.min().unwrap_or_default()
-}
-
-/// The interconnect's side: what comes in becomes an event, or goes straight to the lock manager.
-pub(super) struct Inbox {
-    pub(super) events: Sender<Event>,
-    pub(super) hooks: Arc<dyn ClusterHooks>,
-    pub(super) installed: Arc<RwLock<Option<Arc<View>>>>,
-}
-
-impl Inbox {
-    /// Whether a lock message may be given to the lock manager: from a member of the installed view, or made under
-    /// a later one, for which the lock manager keeps it.
-    fn passes(&self, from: Who, header: &Header) -> bool {
-        let installed = self.installed.read();
-        installed
-            .as_ref()
-            .is_none_or(|view| view.is_member(from.0, from.1) || header.generation > view.generation)
-    }
-}
-
-impl Handler for Inbox {
-    fn frame(&self, from: Who, header: Header, payload: Vec<u8>) -> Result<(), String> {
-        match header.channel {
-            Channel::Membership => {
-                let message = codec::decode_message(&payload).map_err(|error| error.to_string())?;
-                let input = Input::Received { node: from.0, incarnation: from.1, message };
-                self.events
-                    .try_send(Event::Input(input))
-                    .map_err(|_| String::from("more membership messages than can be taken in"))
-            }
-            Channel::Dlm if self.passes(from, &header) => self.hooks.dlm_frame(from.0, &payload),
-            Channel::Dlm => Ok(()), // of a view that is over
-            Channel::FileSystem | Channel::Handshake => {
-                Err(format!("nothing is spoken on {:?}", header.channel))
-            }
-        }
-    }
-
-    fn connected(&self, peer: Who) {
-        let _ = self.events.send(Event::Input(Input::Connected { node: peer.0, incarnation: peer.1 }));
-    }
-
-    fn disconnected(&self, peer: Who, _loss: &Loss) {
-        let _ = self.events.send(Event::Input(Input::Disconnected { node: peer.0, incarnation: peer.1 }));
-    }
 }

@@ -8,7 +8,9 @@
 
 mod driver;
 mod fencing;
+mod inbox;
 mod medium;
+mod register;
 mod renewal;
 #[cfg(test)]
 mod tests;
@@ -34,8 +36,9 @@ pub(crate) use driver::{Progress, Shown};
 pub(crate) use fencing::FenceChoice;
 
 use crate::interconnect::{Interconnect, NodeKey, Setup, Stats, Who};
-use driver::{Driver, Event, Inbox, MAX_EVENTS};
+use driver::{Driver, Event, MAX_EVENTS};
 use fencing::Fencing;
+use inbox::Inbox;
 use medium::NonceBlocks;
 use renewal::{Publication, Renewal};
 

@@ -105,10 +105,14 @@ impl Membership {
 
     /// Who may replay, this node first: its own word costs no message.
     fn replayers(&self, view: &View) -> Vec<Who> {
-        let staying =
-            |who: &Who| !self.leavers.contains(who) && !(self.phase == Phase::Leaving && *who == self.who());
-        let mut all: Vec<Who> =
-            view.members.values().map(|member| (member.node, member.incarnation)).filter(staying).collect();
+        let leaving =
+            |who: &Who| self.leavers.contains(who) || (self.phase == Phase::Leaving && *who == self.who());
+        let mut all: Vec<Who> = view
+            .members
+            .values()
+            .map(|member| (member.node, member.incarnation))
+            .filter(|who| !leaving(who))
+            .collect();
         all.sort_by_key(|who| (*who != self.who(), *who));
         all
     }
