@@ -15,9 +15,11 @@ use storage_control::BoxFuture;
 use crate::alloc::Consumer;
 use crate::error::FsError;
 use crate::filesystem::Filesystem;
+use crate::format::header::Header;
 use crate::inode_table::Inode;
 use crate::lock_name::LockName;
 use crate::ops::Ino;
+use crate::store::block_of;
 
 /// The caches of whoever the filesystem is mounted for. Both calls return at once; the future tells when the
 /// cache has forgotten.
@@ -96,6 +98,7 @@ impl Callouts for InodeCallouts {
                     fs.write_back_for_release(inode).await.map_err(refused)?;
                 }
                 fs.store.settle(owner).await.map_err(refused)?;
+                settle_new_owner(&fs, Ino(number)).await.map_err(refused)?;
             }
             if let Some(inode) = &inode {
                 if kernel_must_forget(inode, held, keep) {
@@ -110,6 +113,16 @@ impl Callouts for InodeCallouts {
             }
             Ok(())
         })
+    }
+}
+
+/// The block of an inode that was freed here belongs to another lock. Whoever still knows the inode's number must
+/// find it gone on the disk, not as it was.
+async fn settle_new_owner(fs: &Filesystem, ino: Ino) -> Result<(), FsError> {
+    let owner = fs.store.cached(ino.block()).and_then(|image| Header::of(block_of(&image)).owner());
+    match owner {
+        Some(owner) if owner != LockName::Inode(ino.0) => fs.store.settle(owner).await,
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -160,5 +173,10 @@ impl Consumer for PromiseConsumer {
                 fs.write_back_promised().await;
             }
         })
+    }
+
+    fn gather_tails(&self) -> BoxFuture<()> {
+        let gather = self.0.upgrade().and_then(|fs| fs.gather_tails());
+        gather.unwrap_or_else(|| Box::pin(std::future::ready(())))
     }
 }

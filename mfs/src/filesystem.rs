@@ -12,7 +12,7 @@ use dashmap::DashMap;
 use dlm::Mode;
 use lcl::{Guard, Lcl, LockError, Scope};
 use parking_lot::Mutex;
-use storage_control::{BlockAddr, Device, LamportClock, Runtime, WallTime};
+use storage_control::{BlockAddr, BoxFuture, Device, LamportClock, Runtime, WallTime};
 use tokio::sync::Notify;
 
 use crate::alloc::Alloc;
@@ -32,6 +32,10 @@ use crate::store::{Store, Txn};
 
 /// How much longer this node's lease is good; zero when it is not healthy.
 pub type LeaseTime = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// Asks every other node to checkpoint and publish its journal's tail; done when the tails are known and have been
+/// given to [`Store::set_peer_tail`].
+pub type GatherTails = Arc<dyn Fn() -> BoxFuture<()> + Send + Sync>;
 
 /// What the layers around give to a mount.
 pub struct Parts {
@@ -116,6 +120,7 @@ pub struct Filesystem {
     orphans_guard: Mutex<Option<Guard>>,
     withdrawn: OnceLock<String>,
     withdrawing: Notify,
+    gather_tails: OnceLock<GatherTails>,
 }
 
 /// A locked inode and its dinode as of now.
@@ -178,6 +183,7 @@ impl Filesystem {
             orphans_guard: Mutex::new(Some(orphans_guard)),
             withdrawn: OnceLock::new(),
             withdrawing: Notify::new(),
+            gather_tails: OnceLock::new(),
             lcl,
         });
         fs.lcl.set_callouts(LockName::INODE, Arc::new(InodeCallouts(fs.this.clone())));
@@ -241,6 +247,16 @@ impl Filesystem {
             }
             withdrawing.await;
         }
+    }
+
+    /// How space that other nodes' journals hold back is asked for when it is needed. Where it is not set, there
+    /// are no others.
+    pub fn set_gather_tails(&self, gather: GatherTails) {
+        let _ = self.gather_tails.set(gather);
+    }
+
+    pub(crate) fn gather_tails(&self) -> Option<BoxFuture<()>> {
+        self.gather_tails.get().map(|gather| gather())
     }
 
     /// The block store, for recovery and for the tail clock that the node publishes.
@@ -325,9 +341,9 @@ impl Filesystem {
     pub(crate) async fn with_dinode(&self, ino: Ino, guard: Guard) -> Result<Held> {
         let dinode = inode::read(&self.store, ino.0).await.map_err(|e| stale_if_gone(e, ino))?;
         let inode = match self.table.get(ino) {
-            Some(inode) if inode.generation != dinode.generation => return Err(FsError::Stale),
-            Some(inode) => inode,
-            None => self.table.get_or_insert(ino, dinode.generation),
+            Some(inode) if inode.generation == dinode.generation => inode,
+            Some(inode) if inode.is_remembered() => return Err(FsError::Stale),
+            Some(_) | None => self.table.get_or_insert(ino, dinode.generation),
         };
         Ok(Held { guard, inode, dinode })
     }

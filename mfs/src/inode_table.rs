@@ -119,9 +119,14 @@ impl Inode {
         self.fills.load(SeqCst) != self.purged.load(SeqCst)
     }
 
-    fn in_use(&self) -> bool {
+    /// Whether somebody above knows it by its number.
+    pub fn is_remembered(&self) -> bool {
         let uses = self.uses.lock();
-        uses.lookups > 0 || uses.opens > 0 || self.data.lock().is_dirty()
+        uses.lookups > 0 || uses.opens > 0
+    }
+
+    fn in_use(&self) -> bool {
+        self.is_remembered() || self.data.lock().is_dirty()
     }
 }
 

@@ -28,5 +28,5 @@ pub(crate) mod testing;
 pub mod xattr;
 
 pub use error::FsError;
-pub use filesystem::{Filesystem, LeaseTime, Options, Parts};
+pub use filesystem::{Filesystem, GatherTails, LeaseTime, Options, Parts};
 pub use lock_name::LockName;

@@ -85,7 +85,8 @@ fn a_truncation_cut_short_is_finished_by_the_next_mount() {
             };
             storage_control::Runtime::spawn(&bed.runtime, Box::pin(work));
             while fs.store().stats().commits < before + 1 {
-                storage_control::Runtime::sleep(&bed.runtime, std::time::Duration::from_millis(stop_after)).await;
+                storage_control::Runtime::sleep(&bed.runtime, std::time::Duration::from_millis(stop_after))
+                    .await;
                 if bed.runtime.random() % 3 == 0 {
                     fs.store().commit().await.unwrap();
                 }

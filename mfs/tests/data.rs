@@ -138,7 +138,10 @@ fn appends_go_to_the_end_whatever_offset_is_given() {
             }
         }
         assert_eq!(fs.whole(file.ino).await, wanted);
-        assert_eq!(errno(fs.put(fs.open(file.ino, libc::O_RDONLY).await.unwrap().handle, 0, b"x").await), libc::EBADF);
+        assert_eq!(
+            errno(fs.put(fs.open(file.ino, libc::O_RDONLY).await.unwrap().handle, 0, b"x").await),
+            libc::EBADF
+        );
         bed.unmount_and_check(fs).await;
     });
 }

@@ -266,7 +266,8 @@ fn attributes_are_set_and_times_rise() {
         assert_eq!((changed.mode & 0o7777, changed.uid, changed.gid), (0o4711, 5, 6));
         assert!(changed.ctime > file.ctime);
         let at = WallTime { secs: -5, nanos: 7 };
-        let set = SetAttr { mtime: Some(SetTime::At(at)), atime: Some(SetTime::At(at)), ..SetAttr::default() };
+        let set =
+            SetAttr { mtime: Some(SetTime::At(at)), atime: Some(SetTime::At(at)), ..SetAttr::default() };
         let changed = fs.setattr(file.ino, set).await.unwrap().attr;
         assert_eq!((changed.mtime, changed.atime), (at, at));
         // Every write is a new modification time, however fast they come.
@@ -303,7 +304,10 @@ fn extended_attributes_are_kept_small_and_large() {
         assert_eq!(errno(fs.setxattr(file.ino, b"user.a", b"2", XattrSet::Create).await), libc::EEXIST);
         assert_eq!(errno(fs.setxattr(file.ino, b"user.b", b"2", XattrSet::Replace).await), libc::ENODATA);
         assert_eq!(errno(fs.getxattr(file.ino, b"user.b").await), libc::ENODATA);
-        assert_eq!(errno(fs.setxattr(file.ino, b"system.posix_acl_access", b"", XattrSet::Any).await), libc::EOPNOTSUPP);
+        assert_eq!(
+            errno(fs.setxattr(file.ino, b"system.posix_acl_access", b"", XattrSet::Any).await),
+            libc::EOPNOTSUPP
+        );
         assert_eq!(fs.getxattr(file.ino, b"user.large").await.unwrap(), large);
         assert_eq!(fs.listxattr(file.ino).await.unwrap(), b"user.a\0user.large\0");
         fs.removexattr(file.ino, b"user.large").await.unwrap();

@@ -1,6 +1,7 @@
 //! A filesystem on a device in memory, in a simulated world: one thread, one seed.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 
+pub mod cluster;
 pub mod model;
 
 use std::future::Future;
@@ -29,6 +30,16 @@ pub struct Bed {
 
 /// Runs a test in a world of its own.
 pub fn run<F: Future<Output = ()> + Send + 'static>(seed: u64, blocks: u64, test: impl FnOnce(Bed) -> F) {
+    run_with_journals(seed, blocks, 1, test);
+}
+
+/// The same with that many journals, for as many nodes.
+pub fn run_with_journals<F: Future<Output = ()> + Send + 'static>(
+    seed: u64,
+    blocks: u64,
+    journals: u16,
+    test: impl FnOnce(Bed) -> F,
+) {
     let runtime = SimRuntime::new(seed);
     let bed = Bed {
         device: MemDevice::new(blocks),
@@ -37,7 +48,7 @@ pub fn run<F: Future<Output = ()> + Send + 'static>(seed: u64, blocks: u64, test
     };
     let test = test(bed.clone());
     runtime.run(async move {
-        bed.mkfs(blocks).await;
+        bed.mkfs(blocks, journals).await;
         test.await;
     });
 }
@@ -51,7 +62,7 @@ impl Bed {
         Arc::new(self.runtime.clone())
     }
 
-    async fn mkfs(&self, blocks: u64) {
+    async fn mkfs(&self, blocks: u64, journals: u16) {
         let options = mkfs::Options {
             blocks,
             fs_start: FS_START,
@@ -59,7 +70,7 @@ impl Bed {
             uuid: [1; 16],
             secret: [7; 16],
             now: WallTime { secs: 1_700_000_000, nanos: 0 },
-            journals: Some(1),
+            journals: Some(journals),
             group_blocks: None,
         };
         mkfs::mkfs(&self.shared(), &options, |_, _| {}).await.unwrap();
@@ -193,7 +204,9 @@ impl<O: Operations> Short for O {}
 
 /// Bytes that tell where they belong.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    (0..len as u64).map(|i| (i.wrapping_mul(31).wrapping_add(i >> 8).wrapping_add(seed * 7) % 251) as u8).collect()
+    (0..len as u64)
+        .map(|i| (i.wrapping_mul(31).wrapping_add(i >> 8).wrapping_add(seed * 7) % 251) as u8)
+        .collect()
 }
 
 /// Errors by name, for what tests compare.

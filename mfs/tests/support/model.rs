@@ -278,26 +278,29 @@ impl Model {
                     fs.release(opened.handle).await.unwrap();
                 }
                 let wanted = self.add(dir, name, Body::File(Vec::new()), 0o640);
-                self.made(got.map(|(attr, _)| attr.ino), wanted);
+                self.made(fs, got.map(|(attr, _)| attr.ino), wanted);
             }
             Op::Mkdir { dir, name } => {
                 let (dir, name) = (self.dir(dir), name_of(name));
                 let got = fs.mkdir(ME, self.inos[dir], name.as_bytes(), 0o750).await;
                 let inherited = self.nodes[dir].mode & libc::S_ISGID;
                 let wanted = self.add(dir, name, Body::Dir(BTreeMap::new()), 0o750 | inherited);
-                self.made(got.map(|attr| attr.ino), wanted);
+                self.made(fs, got.map(|attr| attr.ino), wanted);
             }
             Op::Symlink { dir, name } => {
                 let (dir, name) = (self.dir(dir), name_of(name));
                 let target = name.repeat(3).into_bytes();
                 let got = fs.symlink(ME, self.inos[dir], name.as_bytes(), &target).await;
                 let wanted = self.add(dir, name, Body::Link(target), 0o777);
-                self.made(got.map(|attr| attr.ino), wanted);
+                self.made(fs, got.map(|attr| attr.ino), wanted);
             }
             Op::Link { file, dir, name } => {
                 let Some(file) = self.choose(file, |node| !matches!(node.body, Body::Dir(_))) else { return };
                 let (dir, name) = (self.dir(dir), name_of(name));
                 let got = fs.link(self.inos[file], self.inos[dir], name.as_bytes()).await;
+                if got.is_ok() {
+                    fs.forget(self.inos[file], 1);
+                }
                 let wanted = match self.entries(dir).contains_key(&name) {
                     true => Err(libc::EEXIST),
                     false => {
@@ -387,11 +390,13 @@ impl Model {
         fs.open(self.inos[file], libc::O_RDWR).await.unwrap().handle
     }
 
-    fn made(&mut self, got: mfs::ops::Result<Ino>, wanted: Result<Id, i32>) {
+    fn made(&mut self, fs: &Filesystem, got: mfs::ops::Result<Ino>, wanted: Result<Id, i32>) {
         match (got, wanted) {
             (Ok(ino), Ok(id)) => {
                 assert_eq!(id, self.inos.len());
                 self.inos.push(ino);
+                // Whoever uses the number next, on any node, has not looked it up.
+                fs.forget(ino, 1);
             }
             (Err(got), Err(wanted)) => assert_eq!(got.errno(), wanted),
             (got, wanted) => panic!("got {got:?}, wanted {wanted:?}"),
@@ -430,12 +435,17 @@ impl Model {
                     wanted.sort();
                     assert_eq!(fs.names(ino).await, wanted);
                     for (name, child) in entries {
-                        assert_eq!(fs.lookup(ino, name.as_bytes()).await.unwrap().ino, self.inos[*child]);
+                        let found = fs.lookup(ino, name.as_bytes()).await.unwrap().ino;
+                        assert_eq!(found, self.inos[*child]);
+                        fs.forget(found, 1);
                     }
                 }
             }
             let names = fs.listxattr(ino).await.unwrap();
-            assert_eq!(names, node.xattrs.keys().flat_map(|n| [n.as_bytes(), b"\0"].concat()).collect::<Vec<_>>());
+            assert_eq!(
+                names,
+                node.xattrs.keys().flat_map(|n| [n.as_bytes(), b"\0"].concat()).collect::<Vec<_>>()
+            );
             for (name, value) in &node.xattrs {
                 assert_eq!(fs.getxattr(ino, name.as_bytes()).await.unwrap(), *value);
             }
