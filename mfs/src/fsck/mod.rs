@@ -103,6 +103,7 @@ async fn run(
     checker.check_journals().await;
     checker.walk_names().await;
     checker.walk_orphans().await;
+    checker.note_finished_truncations();
     checker.check_groups().await;
     *report = checker.report;
     Ok(())

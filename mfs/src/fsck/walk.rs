@@ -9,6 +9,7 @@ use std::task::Poll;
 use storage_control::{AlignedBuf, BLOCK_SIZE, BlockAddr};
 
 use super::Checker;
+use super::report::Severity;
 use super::tree::Walk;
 use crate::LockName;
 use crate::dir::{Entry, cookie_range, entries, name_hash};
@@ -21,6 +22,9 @@ use crate::format::xattr::CHAIN_MAX;
 use crate::index::{generation_of, node_body};
 use crate::inode::{Content, Dinode, FileType};
 use crate::xattr;
+
+/// Progress is reported every so many inodes.
+const PROGRESS_INODES: u64 = 1024;
 
 /// An inode with more than one name.
 pub(super) struct Linked {
@@ -79,7 +83,6 @@ impl Checker<'_> {
                 Ok(dinode) => self.directory(&dinode, &mut pending).await,
                 Err(error) => self.report.failure(format!("directory {ino}"), BlockAddr(ino), &error),
             }
-            self.progress("inodes", self.report.stats.inodes, 0);
         }
         for (ino, linked) in std::mem::take(&mut self.linked) {
             if linked.nlink != linked.found {
@@ -106,6 +109,14 @@ impl Checker<'_> {
                     );
                 }
             }
+        }
+    }
+
+    /// Truncations in orphan tables that no inode knows of: whoever adopts the table drops them.
+    pub(super) fn note_finished_truncations(&mut self) {
+        for ino in std::mem::take(&mut self.truncating) {
+            let why = "an orphan table names it for a truncation that is over";
+            self.report.add(Severity::Note, format!("inode {ino}"), BlockAddr(ino), why);
         }
     }
 
@@ -140,6 +151,9 @@ impl Checker<'_> {
             }
         };
         self.report.stats.inodes += 1;
+        if self.report.stats.inodes.is_multiple_of(PROGRESS_INODES) {
+            self.progress("inodes", self.report.stats.inodes, 0);
+        }
         self.identity(&dinode, via, &what);
         let (tree, whole) = self.content(&dinode, &what).await;
         if let (Some(tree), Some(chain)) = (tree, self.xattrs(&dinode, &what).await)
@@ -217,7 +231,8 @@ impl Checker<'_> {
             }
         }
         let truncating = dinode.has(flags::TRUNCATING);
-        if truncating && !orphan && !self.truncating.contains(&dinode.ino) {
+        let listed = truncating && self.truncating.remove(&dinode.ino);
+        if truncating && !orphan && !listed {
             self.report.error(
                 what,
                 dinode.addr(),
