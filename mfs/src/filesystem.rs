@@ -30,6 +30,9 @@ use crate::ops::{Attr, Handle, Ino, Result};
 use crate::orphan::Table;
 use crate::store::{Store, Txn};
 
+/// How often an operation that waits for the lease looks for it.
+const LEASE_LOOK: Duration = Duration::from_millis(5);
+
 /// How much longer this node's lease is good; zero when it is not healthy.
 pub type LeaseTime = Arc<dyn Fn() -> Duration + Send + Sync>;
 
@@ -302,15 +305,25 @@ impl Filesystem {
         self.runtime.wall()
     }
 
+    /// Waits while the lease is out: what is cached here may be out of date, so nothing is answered from it. The
+    /// lease comes back, or the node withdraws.
+    async fn leased(&self) -> Result<()> {
+        while (self.lease)().is_zero() {
+            self.alive()?;
+            self.runtime.sleep(LEASE_LOOK).await;
+        }
+        self.alive()
+    }
+
     /// Waits for a lock.
     pub(crate) async fn lock(&self, name: LockName, mode: Mode, scope: Scope) -> Result<Guard> {
-        self.alive()?;
+        self.leased().await?;
         Ok(self.lcl.acquire(name.resource(&self.geometry), mode, scope).await?)
     }
 
     /// Takes a lock if nobody is in the way.
     pub(crate) async fn try_lock(&self, name: LockName, mode: Mode, scope: Scope) -> Result<Option<Guard>> {
-        self.alive()?;
+        self.leased().await?;
         Ok(self.lcl.try_acquire(name.resource(&self.geometry), mode, scope).await?)
     }
 

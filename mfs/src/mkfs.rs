@@ -118,12 +118,8 @@ fn plan(options: &Options) -> Result<Plan, MkfsError> {
     }
     let rest = room % u64::from(group_blocks);
     let groups = room / u64::from(group_blocks) + u64::from(rest >= MIN_LAST_GROUP_BLOCKS);
-    let journal_blocks = (blocks / JOURNAL_FRACTION)
-        .clamp(u64::from(journal::MIN_BLOCKS), u64::from(journal::MAX_BLOCKS))
-        as u32;
-    let affordable = blocks / JOURNALS_FRACTION / u64::from(journal_blocks);
-    let journals =
-        options.journals.unwrap_or_else(|| affordable.clamp(1, u64::from(DEFAULT_JOURNALS)) as u16);
+    let journal_blocks = journal_blocks(blocks);
+    let journals = options.journals.unwrap_or_else(|| journals_for(blocks));
     let geometry = Geometry {
         blocks,
         fs_start,
@@ -144,6 +140,16 @@ fn plan(options: &Options) -> Result<Plan, MkfsError> {
     };
     let used = place_journals_and_root(&mut superblock, journals)?;
     Ok(Plan { superblock, used })
+}
+
+fn journal_blocks(blocks: u64) -> u32 {
+    (blocks / JOURNAL_FRACTION).clamp(u64::from(journal::MIN_BLOCKS), u64::from(journal::MAX_BLOCKS)) as u32
+}
+
+/// Journals that a device of so many blocks gets if [`Options::journals`] does not say.
+pub fn journals_for(blocks: u64) -> u16 {
+    let affordable = blocks / JOURNALS_FRACTION / u64::from(journal_blocks(blocks));
+    affordable.clamp(1, u64::from(DEFAULT_JOURNALS)) as u16
 }
 
 /// Spreads the journals over the groups and puts the root directory into the first.

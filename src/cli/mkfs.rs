@@ -8,14 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use storage_control::{
-    BLOCK_SIZE, Device, FileDevice, Label, LabelError, OpenAs, WallTime, WriteLife, block_on, slots::Nonce,
-};
+use membership::View;
+use storage_control::lease::LeaseTimes;
+use storage_control::mkfs::{self, PrepareOptions};
+use storage_control::slots::Nonce;
+use storage_control::{BLOCK_SIZE, Device, FileDevice, Label, OpenAs, Runtime, TestRuntime, block_on};
 
-use super::live::{self, Alone};
 use super::progress::Progress;
 use super::size;
-use crate::failure::{Context, Failure};
+use crate::failure::Failure;
 
 #[derive(Args)]
 pub(super) struct MkfsArgs {
@@ -63,39 +64,38 @@ pub(super) fn run(args: MkfsArgs) -> Result<ExitCode, Failure> {
 
 /// Makes a filesystem at `path` and tells its label.
 pub(super) fn make(path: &Path, plan: &Plan<'_>) -> Result<Label, Failure> {
-    let name = path.display();
-    let alone = open(path, plan.size)?;
-    let device = &alone.device;
-    let blocks = blocks_to_use(device, plan.size).context(&name)?;
-    if let Some(why) = reason_to_refuse(&alone).context(&name)? {
-        if !plan.force {
-            return Err(Failure::new(format!("{name}: {why}: nothing was changed; --force overwrites it")));
-        }
-        eprintln!("matrix: {name}: overwriting {why}");
-    }
-    let label = Label::new(blocks, plan.label, plan.io_timeout, WallTime::system()).context(&name)?;
-    let options = mfs::mkfs::Options {
-        blocks,
-        fs_start: label.fs_start,
-        label: plan.label.to_string(),
-        uuid: label.fs.into_bytes(),
-        secret: Nonce::random().0,
-        now: label.created,
-        journals: None,
-        group_blocks: None,
-    };
-    block_on(write(device, &label, &options)).context(&name)?;
-    Ok(label)
+    let device = open(path, plan.size)?;
+    block_on(write(&device, plan)).map_err(|e| Failure::new(format!("{}: {e}", path.display())))
 }
 
-fn open(path: &Path, size: Option<u64>) -> Result<Alone, Failure> {
+fn open(path: &Path, size: Option<u64>) -> Result<FileDevice, Failure> {
+    let how = OpenAs { write: true, exclusive: !path.is_file(), ..OpenAs::default() };
     match (path.exists(), size) {
-        (true, _) => live::open(path).map_err(Failure::new),
+        (true, None) => FileDevice::open(path, how).map_err(Failure::new),
+        (true, Some(wanted)) => {
+            let device = FileDevice::open(path, how).map_err(Failure::new)?;
+            let bytes = device.blocks() * BLOCK_SIZE as u64;
+            if bytes == wanted / BLOCK_SIZE as u64 * BLOCK_SIZE as u64 {
+                return Ok(device);
+            }
+            Err(Failure::new(format!(
+                "{}: exists and has {}: leave --size {} out, or remove it first",
+                path.display(),
+                size::show(bytes),
+                size::show(wanted)
+            )))
+        }
         (false, Some(bytes)) => {
-            let whole = bytes / BLOCK_SIZE as u64 * BLOCK_SIZE as u64;
-            check_size(whole).map_err(|e| Failure::new(format!("{}: {e}", path.display())))?;
-            FileDevice::create(path, whole, OpenAs::default()).map_err(Failure::new)?;
-            live::open(path).map_err(Failure::new)
+            let least = mfs::mkfs::MIN_BLOCKS * BLOCK_SIZE as u64;
+            if bytes < least {
+                return Err(Failure::new(format!(
+                    "{}: {} is too small: a filesystem needs at least {}",
+                    path.display(),
+                    size::show(bytes),
+                    size::show(least)
+                )));
+            }
+            FileDevice::create(path, bytes / BLOCK_SIZE as u64 * BLOCK_SIZE as u64, how).map_err(Failure::new)
         }
         (false, None) => Err(Failure::new(format!(
             "{}: no such file or device: name an existing one, or give --size to make an image file",
@@ -104,61 +104,33 @@ fn open(path: &Path, size: Option<u64>) -> Result<Alone, Failure> {
     }
 }
 
-fn check_size(bytes: u64) -> Result<(), String> {
-    let least = mfs::mkfs::MIN_BLOCKS * BLOCK_SIZE as u64;
-    if bytes >= least {
-        return Ok(());
-    }
-    Err(format!("{} is too small: a filesystem needs at least {}", size::show(bytes), size::show(least)))
-}
-
-fn blocks_to_use(device: &FileDevice, size: Option<u64>) -> Result<u64, String> {
-    let bytes = device.blocks() * BLOCK_SIZE as u64;
-    match size {
-        Some(wanted) if wanted > bytes => {
-            Err(format!("--size {} is more than the {} it has", size::show(wanted), size::show(bytes)))
-        }
-        wanted => {
-            check_size(wanted.unwrap_or(bytes))?;
-            Ok(wanted.unwrap_or(bytes) / BLOCK_SIZE as u64)
-        }
-    }
-}
-
-/// What the device holds, if it is not to be overwritten unasked.
-fn reason_to_refuse(alone: &Alone) -> Result<Option<String>, String> {
-    match block_on(Label::read(&alone.device)) {
-        Ok(label) => {
-            let users = alone.users(&label)?;
-            if !users.is_empty() {
-                return Ok(Some(format!("a Matrix filesystem that {} has mounted", users.join(", "))));
-            }
-            Ok(Some(format!(
-                "a Matrix filesystem{}",
-                if label.text.is_empty() { String::new() } else { format!(" labelled '{}'", label.text) }
-            )))
-        }
-        Err(LabelError::NotMatrix { found }) => Ok(found.map(|found| found.to_string())),
-        Err(LabelError::Io(e)) => Err(e.to_string()),
-        Err(damaged) => Ok(Some(format!("a Matrix filesystem ({damaged})"))),
-    }
-}
-
-async fn write(device: &FileDevice, label: &Label, options: &mfs::mkfs::Options) -> Result<(), String> {
+async fn write(device: &FileDevice, plan: &Plan<'_>) -> Result<Label, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    Label::wipe(device).await.map_err(|e| text(&e))?;
     let shared: Arc<dyn Device> = Arc::new(device.clone());
+    if shared.blocks() < mfs::mkfs::MIN_BLOCKS {
+        return Err(text(&mfs::mkfs::MkfsError::TooSmall(shared.blocks())));
+    }
+    let runtime: Arc<dyn Runtime> = Arc::new(TestRuntime::new());
+    let times = LeaseTimes { write_life: device.medium().write_life(plan.io_timeout) };
+    let prepare =
+        PrepareOptions { text: plan.label.to_string(), io_timeout: plan.io_timeout, force: plan.force };
+    let journals = mfs::mkfs::journals_for(shared.blocks());
+    let nobody = membership::codec::encode_view(&View::empty(journals));
+    let label = mkfs::prepare(&shared, device, times, &runtime, &prepare, &nobody).await;
+    let label = label.map_err(|e| text(&e))?;
+    let options = mfs::mkfs::Options {
+        blocks: label.device_blocks,
+        fs_start: label.fs_start,
+        label: label.text.clone(),
+        uuid: label.fs.into_bytes(),
+        secret: Nonce::random().0,
+        now: label.created,
+        journals: Some(journals),
+        group_blocks: None,
+    };
     let progress = Progress::new("making groups");
-    mfs::mkfs::mkfs(&shared, options, |done, total| progress.set(done, total)).await.map_err(|e| text(&e))?;
-    label.write(device).await.map_err(|e| text(&e))?;
-    device.flush().await.map_err(|e| text(&e))?;
-    // Another mkfs that was delayed may still land; only after the life of a write is the label surely ours.
-    if let WriteLife::Bounded(life) = device.medium().write_life(label.io_timeout) {
-        std::thread::sleep(life);
-    }
-    match Label::read(device).await {
-        Ok(found) if found.nonce == label.nonce => Ok(()),
-        Ok(_) => Err("another mkfs ran at the same time and won: nothing of this one counts".into()),
-        Err(e) => Err(text(&e)),
-    }
+    let made = mfs::mkfs::mkfs(&shared, &options, |done, total| progress.set(done, total)).await;
+    made.map_err(|e| text(&e))?;
+    mkfs::finish(&*shared, device, times, &*runtime, &label).await.map_err(|e| text(&e))?;
+    Ok(label)
 }

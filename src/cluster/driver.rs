@@ -168,6 +168,12 @@ impl Driver {
                 let _ = self.poke.try_send(());
             }
         }
+        self.meet(&view);
+        self.trust(sequence, &view);
+    }
+
+    /// Has the interconnect connect with whom the core wants to talk.
+    fn meet(&self, view: &View) {
         let outside = !view.is_member(self.me.0, self.me.1);
         let peers = self.core.peers().into_iter().map(|member| Peer {
             who: (member.node, member.incarnation),
@@ -176,7 +182,6 @@ impl Driver {
             dial: outside || self.me.0 > member.node,
         });
         self.net.set_peers(peers.collect());
-        self.trust(sequence, &view);
     }
 
     /// Accepts the keys of the view and of claimed slots; where a slot has a later incarnation, that one's.
@@ -315,6 +320,8 @@ impl Driver {
             Output::ReadRegister => self.spawn(read(self.register.clone(), Arc::clone(&self.runtime))),
             Output::Cas { expected, view } => self.spawn(write(self.register.clone(), expected, view)),
             Output::InstallView(view) => {
+                // The lock manager reports to new members at once: there must be queues for them.
+                self.meet(&view);
                 self.hooks.install_view(Arc::clone(&view));
                 *self.installed.write() = Some(view);
             }

@@ -4,13 +4,17 @@
 //! up, matrix left, slot released, exit code 0), or by stopping at once (gate closed, kernel connection aborted, the
 //! mount left dead so that no program writes below it unaware, exit code 1) when the node may no longer write.
 
+mod hooks;
 mod launch;
 pub(crate) mod mount_point;
 mod node;
 mod options;
+mod patient;
 pub(crate) mod process;
 pub(crate) mod registry;
 mod run_dir;
+mod status;
+mod wire;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -247,10 +251,8 @@ impl Handler for Desk {
         Box::pin(async move {
             match request {
                 Request::Hello {} => reply(serde_json::to_value(hello)),
-                Request::Status {} => reply(serde_json::to_value(node.status().await)),
-                Request::Locks { inode, waiting } => {
-                    reply(serde_json::to_value(node.locks(inode, waiting).await))
-                }
+                Request::Status {} => reply(serde_json::to_value(node.status())),
+                Request::Locks { inode, waiting } => reply(serde_json::to_value(node.locks(inode, waiting))),
                 Request::Unmount { busy_too } => {
                     let (answer, answered) = oneshot::channel();
                     if ask.send(Ask { busy_too, answer }).await.is_err() {

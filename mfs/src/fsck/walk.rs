@@ -9,7 +9,6 @@ use std::task::Poll;
 use storage_control::{AlignedBuf, BLOCK_SIZE, BlockAddr};
 
 use super::Checker;
-use super::report::Severity;
 use super::tree::Walk;
 use crate::LockName;
 use crate::dir::{Entry, cookie_range, entries, name_hash};
@@ -22,9 +21,6 @@ use crate::format::xattr::CHAIN_MAX;
 use crate::index::{generation_of, node_body};
 use crate::inode::{Content, Dinode, FileType};
 use crate::xattr;
-
-/// Progress is reported every so many inodes.
-const PROGRESS_INODES: u64 = 1024;
 
 /// An inode with more than one name.
 pub(super) struct Linked {
@@ -83,6 +79,7 @@ impl Checker<'_> {
                 Ok(dinode) => self.directory(&dinode, &mut pending).await,
                 Err(error) => self.report.failure(format!("directory {ino}"), BlockAddr(ino), &error),
             }
+            self.progress("inodes", self.report.stats.inodes, 0);
         }
         for (ino, linked) in std::mem::take(&mut self.linked) {
             if linked.nlink != linked.found {
@@ -109,14 +106,6 @@ impl Checker<'_> {
                     );
                 }
             }
-        }
-    }
-
-    /// Truncations in orphan tables that no inode knows of: whoever adopts the table drops them.
-    pub(super) fn note_finished_truncations(&mut self) {
-        for ino in std::mem::take(&mut self.truncating) {
-            let why = "an orphan table names it for a truncation that is over";
-            self.report.add(Severity::Note, format!("inode {ino}"), BlockAddr(ino), why);
         }
     }
 
@@ -151,9 +140,6 @@ impl Checker<'_> {
             }
         };
         self.report.stats.inodes += 1;
-        if self.report.stats.inodes.is_multiple_of(PROGRESS_INODES) {
-            self.progress("inodes", self.report.stats.inodes, 0);
-        }
         self.identity(&dinode, via, &what);
         let (tree, whole) = self.content(&dinode, &what).await;
         if let (Some(tree), Some(chain)) = (tree, self.xattrs(&dinode, &what).await)
@@ -231,8 +217,7 @@ impl Checker<'_> {
             }
         }
         let truncating = dinode.has(flags::TRUNCATING);
-        let listed = truncating && self.truncating.remove(&dinode.ino);
-        if truncating && !orphan && !listed {
+        if truncating && !orphan && !self.truncating.contains(&dinode.ino) {
             self.report.error(
                 what,
                 dinode.addr(),
