@@ -126,7 +126,7 @@ impl Inode {
     }
 
     fn in_use(&self) -> bool {
-        self.is_remembered() || self.data.lock().is_dirty()
+        self.is_remembered() || self.data.lock().is_needed()
     }
 }
 

@@ -14,6 +14,7 @@ use crate::background::Background;
 use crate::error::FsError;
 use crate::filesystem::{Filesystem, Held};
 use crate::format::dinode::flags;
+use crate::format::superblock::Superblock;
 use crate::inode::{self, Dinode, FREE_STEP_CREDITS};
 use crate::inode_table::Inode;
 use crate::lock_name::LockName;
@@ -50,7 +51,9 @@ impl Filesystem {
             return Ok(0);
         }
         let guard = self.lock(LockName::Orphans(journal), Mode::EX, Scope::Server).await?;
-        let start = self.store.superblock().journal(journal).ok_or(FsError::Invalid)?;
+        // Read anew: the journal may have been made after this node mounted.
+        let (superblock, _) = Superblock::read(&*self.device, self.geometry.fs_start).await?;
+        let start = superblock.journal(journal).ok_or(FsError::Invalid)?;
         let table = Table::load(&self.store, journal, orphan_root(start)).await?;
         let orphans = table.list();
         let stop = Background::default();

@@ -248,7 +248,7 @@ fn rename_directories(seed: u64) {
                 (node.fs.clone(), dirs.clone(), done.clone(), bed.runtime.clone());
             bed.runtime.spawn(Box::pin(async move {
                 for _ in 0..100 {
-                    let mut draw = || runtime.random() as usize;
+                    let draw = || runtime.random() as usize;
                     let (from, to) = (dirs[draw() % 7], dirs[draw() % 7]);
                     let (name, new_name) = (format!("d{}", draw() % 6), format!("d{}", draw() % 6));
                     let flags = RenameFlags { no_replace: false, exchange: draw() % 4 == 0 };

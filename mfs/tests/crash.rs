@@ -51,7 +51,7 @@ proptest! {
             bed.device.crash(|block| match keep {
                 0 => false,
                 1 => true,
-                n => mix(seed, block.write * 131 + block.at.0) % n == 0,
+                n => mix(seed, block.write * 131 + block.at.0).is_multiple_of(n),
             });
             bed.fsck().await;
             let fs = bed.mount().await;

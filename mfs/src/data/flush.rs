@@ -32,6 +32,11 @@ impl DataFlush {
         WriteSeq(self.completed.fetch_add(1, SeqCst) + 1)
     }
 
+    /// The last point there is.
+    pub(crate) fn latest(&self) -> WriteSeq {
+        WriteSeq(self.completed.load(SeqCst))
+    }
+
     /// Returns when the writes up to this point are stable.
     pub(crate) async fn upto(&self, seq: WriteSeq) -> Result<(), FsError> {
         let mut stable = self.stable.lock().await;

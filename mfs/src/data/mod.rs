@@ -65,13 +65,23 @@ pub struct FileState {
     /// A write-back error that nobody was told of.
     pub(crate) error: Option<FsError>,
     pub(crate) dirty_since: Option<Instant>,
-    /// The last transaction that changed the inode.
+    /// The last transaction that changed the inode, since it was taken into the table. `None`: one before that.
     pub(crate) last_txn: Option<TxnSeq>,
-    /// The last data write that has completed.
-    pub(crate) last_write: WriteSeq,
+    /// The last data write that has completed, unless it is known to be stable.
+    pub(crate) last_write: Option<WriteSeq>,
 }
 
 impl FileState {
+    /// All data writes up to this point are stable.
+    pub(crate) fn flushed(&mut self, upto: WriteSeq) {
+        self.last_write.take_if(|last| *last <= upto);
+    }
+
+    /// Whether it must not be forgotten: something is not on the disk, or not for sure.
+    pub(crate) fn is_needed(&self) -> bool {
+        self.is_dirty() || self.last_write.is_some()
+    }
+
     /// Whether anything is not on disk.
     pub(crate) fn is_dirty(&self) -> bool {
         self.chunks.busy_blocks() > 0 || !self.pending.is_none()

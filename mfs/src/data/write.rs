@@ -56,13 +56,13 @@ impl Filesystem {
     /// grows behind it, where the device may have anything beyond the old end.
     async fn prepare_blocks(&self, held: &Held, range: Range<u64>, size: u64) -> Result<()> {
         let mut partial = Vec::new();
-        if range.start % BLOCK != 0 {
+        if !range.start.is_multiple_of(BLOCK) {
             partial.push(range.start / BLOCK);
         }
-        if range.end % BLOCK != 0 && range.end < size {
+        if !range.end.is_multiple_of(BLOCK) && range.end < size {
             partial.push(range.end / BLOCK);
         }
-        if range.end > size && size % BLOCK != 0 {
+        if range.end > size && !size.is_multiple_of(BLOCK) {
             partial.push(size / BLOCK);
         }
         // Small content leaves the dinode as a whole.
@@ -145,7 +145,7 @@ impl Filesystem {
 /// The old last block is written too if the file grows behind it: its bytes beyond the old end become part of
 /// the file.
 fn dirty_tail(chunks: &mut super::Chunks, size: u64) -> u64 {
-    if size % BLOCK == 0 { 0 } else { chunks.dirty(size / BLOCK..size / BLOCK + 1) }
+    if size.is_multiple_of(BLOCK) { 0 } else { chunks.dirty(size / BLOCK..size / BLOCK + 1) }
 }
 
 fn write_range(offset: u64, end: u64, size: u64) -> Range<u64> {

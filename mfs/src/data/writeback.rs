@@ -24,6 +24,7 @@ use crate::inode::{self, Content, Dinode, Needs};
 use crate::inode_table::Inode;
 use crate::lock_name::LockName;
 use crate::ops::Result;
+use crate::store::TxnSeq;
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
 /// Blocks taken for write-back at a time: 32 MiB.
@@ -72,10 +73,21 @@ impl Filesystem {
                 });
             }
             rounds += 1;
-            if rounds % SWEEP_EVERY == 0 {
-                self.table.sweep();
+            if rounds.is_multiple_of(SWEEP_EVERY) {
+                self.sweep().await;
             }
         }
+    }
+
+    /// Lets go of inodes that nobody needs; whose data may not be stable is needed.
+    async fn sweep(&self) {
+        let upto = self.data.flush.latest();
+        if self.data.flush.upto(upto).await.is_ok() {
+            for inode in self.table.all() {
+                inode.data.lock().flushed(upto);
+            }
+        }
+        self.table.sweep();
     }
 
     async fn next_round(&self) {
@@ -131,8 +143,7 @@ impl Filesystem {
     /// Before the inode's lock goes: nobody is inside. The device has the data afterwards, for every node.
     pub(crate) async fn write_back_for_release(&self, inode: &Arc<Inode>) -> Result<()> {
         self.write_back(inode, HowFar::All).await?;
-        let last_write = inode.data.lock().last_write;
-        self.data.flush.upto(last_write).await
+        self.flush_data_of(inode).await
     }
 
     /// `fsync`: returns when all that was written before is stable, or with the error of an earlier write-back.
@@ -141,18 +152,15 @@ impl Filesystem {
             let _guard = self.lock_for_write_back(inode).await?;
             self.write_back(inode, if data_only { HowFar::Data } else { HowFar::All }).await?;
         }
-        let (last_write, last_txn, error) = {
+        let (last_txn, error) = {
             let mut state = inode.data.lock();
-            (state.last_write, state.last_txn, state.error.take())
+            (state.last_txn, state.error.take())
         };
         if let Some(error) = error {
             return Err(error);
         }
-        self.data.flush.upto(last_write).await?;
-        match last_txn {
-            Some(txn) => self.store.commit_upto(txn).await,
-            None => Ok(()),
-        }
+        self.flush_data_of(inode).await?;
+        self.commit_changes(last_txn).await
     }
 
     /// Writes back what has promised space. Who calls keeps a group from going; an inode in which somebody may be
@@ -174,6 +182,24 @@ impl Filesystem {
                     Err(_) => return,
                 }
             }
+        }
+    }
+
+    /// Makes completed data writes of an inode stable.
+    async fn flush_data_of(&self, inode: &Inode) -> Result<()> {
+        let last_write = inode.data.lock().last_write;
+        if let Some(seq) = last_write {
+            self.data.flush.upto(seq).await?;
+            inode.data.lock().flushed(seq);
+        }
+        Ok(())
+    }
+
+    /// Makes an inode's changes stable. If none is known, the last may have been before it was forgotten.
+    pub(crate) async fn commit_changes(&self, last: Option<TxnSeq>) -> Result<()> {
+        match last {
+            Some(txn) => self.store.commit_upto(txn).await,
+            None => self.store.commit().await,
         }
     }
 
@@ -293,7 +319,7 @@ impl Filesystem {
         let space = self.allocate(inode, dinode, &mut layout).await?;
         let written = self.write_blocks(&layout, captured).await?;
         if let Some(seq) = written {
-            inode.data.lock().last_write = seq;
+            inode.data.lock().last_write = Some(seq);
         }
         // What is beyond this batch is not on the device: neither is the size that counts it.
         let size = match (pending.size, runs.last()) {

@@ -218,9 +218,6 @@ impl Filesystem {
         self.alive()?;
         let file = self.file(handle)?;
         let last = file.inode.data.lock().last_txn;
-        match last {
-            Some(txn) => self.store.commit_upto(txn).await,
-            None => Ok(()),
-        }
+        self.commit_changes(last).await
     }
 }
