@@ -77,6 +77,8 @@ struct Node {
     lease_until: u64,
     lapsed: bool,
     replaying: BTreeSet<Who>,
+    /// What came while it was stopped, in order.
+    waiting: Vec<Input>,
 }
 
 pub(crate) struct World {
@@ -91,6 +93,8 @@ pub(crate) struct World {
     register: (u64, Arc<View>),
     links: BTreeMap<(NodeId, NodeId), u64>,
     next_link: u64,
+    /// When the last connection of a pair ended: its end is told before the next begins.
+    ended: BTreeMap<(NodeId, NodeId), u64>,
     blocked: BTreeSet<(NodeId, NodeId)>,
     disk_blocked: BTreeSet<NodeId>,
     generations: BTreeMap<u64, Arc<View>>,
@@ -117,6 +121,7 @@ impl World {
             register: (1, Arc::new(View::empty(1))),
             links: BTreeMap::new(),
             next_link: 0,
+            ended: BTreeMap::new(),
             blocked: BTreeSet::new(),
             disk_blocked: BTreeSet::new(),
             generations: BTreeMap::new(),
@@ -250,6 +255,8 @@ impl World {
                     self.note(format!("{who:?} goes on"));
                     // What it was about to write when it was stopped comes first: the gate must hold it.
                     self.check_write(who);
+                    let waiting = self.nodes.get_mut(&who.0).map(|node| std::mem::take(&mut node.waiting));
+                    waiting.into_iter().flatten().for_each(|input| self.give(who, input));
                 }
             }
             Event::Restart(node) => self.restart(node),
@@ -303,6 +310,7 @@ impl World {
             lease_until: self.now + LEASE_MS * MS,
             lapsed: false,
             replaying: BTreeSet::new(),
+            waiting: Vec::new(),
         };
         self.nodes.insert(id, node);
         self.note(format!("{who:?} starts"));
@@ -356,7 +364,8 @@ impl World {
             let known = self.slots.get(&who.0).is_some_and(|(slot, _)| slot.incarnation == who.1);
             let there =
                 self.nodes.get(&to.0).is_some_and(|n| n.who == to && n.alive && !n.paused && !n.closed);
-            if cut || !known || !there || self.links.contains_key(&pair(who.0, to.0)) {
+            let just_ended = self.ended.get(&pair(who.0, to.0)).is_some_and(|at| self.now < at + 5 * MS);
+            if just_ended || cut || !known || !there || self.links.contains_key(&pair(who.0, to.0)) {
                 continue;
             }
             self.next_link += 1;
@@ -370,6 +379,7 @@ impl World {
         if self.links.remove(&pair(a, b)).is_none() {
             return;
         }
+        self.ended.insert(pair(a, b), self.now);
         for (one, other) in [(a, b), (b, a)] {
             let (Some(one), Some(other)) = (self.nodes.get(&one), self.nodes.get(&other)) else { continue };
             let (who, (node, incarnation)) = (one.who, other.who);
@@ -528,7 +538,7 @@ impl World {
             return match input {
                 // Time does not queue up; everything else waits in sockets and completion queues.
                 Input::Tick | Input::Slots(_) | Input::RegisterMoved => {}
-                other => self.after(200 * MS, Event::Give(who, other)),
+                other => node.waiting.push(other),
             };
         }
         node.core.handle(Instant(now), input);
@@ -728,7 +738,6 @@ impl World {
                     self.note(String::from("the disk is away from all"));
                     self.disk_blocked.extend(self.nodes.keys().copied());
                 }
-                self.after(self.now % (7_000 * MS), Event::Give((NodeId(0), Incarnation(0)), Input::Tick));
             }
             _ => {
                 self.disk_blocked.clear();
