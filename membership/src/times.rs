@@ -8,6 +8,8 @@ pub const LEASE_MS: u64 = 4_000;
 pub const RENEW_MS: u64 = 1_000;
 /// Heartbeats are sent, and slots and the register looked at, this often.
 pub const HEARTBEAT_MS: u64 = 500;
+/// News of the register are waited for this long before a member reads it for itself.
+pub const TELL_MS: u64 = 150;
 /// A peer counts as heard this long after its last message.
 pub const HEARD_MS: u64 = 2_000;
 /// A pair that does not hear each other for this long is broken.
@@ -31,6 +33,7 @@ const _: () = assert!(HEARD_MS + BROKEN_MS <= SILENCE_MS, "a partition is settle
 const _: () =
     assert!(2 * RENEW_MS <= HEARD_MS && RENEW_MS < BROKEN_MS, "others' sets of peers are seen in time");
 const _: () = assert!(HEARTBEAT_MS * 3 < HEARD_MS, "two heartbeats may be lost");
+const _: () = assert!(TELL_MS + RENEW_MS < LEASE_MS, "who waits for news does not lose its lease over it");
 const _: () = assert!(SILENCE_MS < DISK_SILENCE_MS && 2 * HEARTBEAT_MS < STALL_MS && STALL_MS < HEARD_MS);
 
 pub(crate) const fn ms(millis: u64) -> Duration {

@@ -369,6 +369,8 @@ fn a_member_that_finds_itself_excluded_stops_for_good() {
     without.members.clear();
     story.register = (story.register.0 + 1, Arc::new(without));
     story.give(Input::RegisterMoved);
+    assert!(!story.wants(|o| matches!(o, Output::ReadRegister)), "who committed it is about to tell");
+    story.pass(200);
     assert!(story.wants(|o| matches!(o, Output::CloseGate(CloseReason::Excluded(_)))));
     assert_eq!(*story.core.phase(), Phase::Over);
 }

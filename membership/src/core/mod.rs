@@ -28,7 +28,7 @@ pub use io::{CasOutcome, CloseReason, Input, Notice, Output, Phase, Snapshot};
 pub use watch::{SlotSeen, Standing};
 
 use crate::message::{Applicant, Message, NodeSet};
-use crate::times::{HEARTBEAT_MS, ms};
+use crate::times::{HEARTBEAT_MS, TELL_MS, ms};
 use crate::view::{FenceState, View};
 use election::Election;
 use watch::{Judgement, Watch};
@@ -84,6 +84,8 @@ pub struct Membership {
     /// Under way: what the compare-and-set would make of the register.
     writing: Option<Arc<View>>,
     must_read: bool,
+    /// Since when something newer than what we know is said to be there.
+    moved: Option<Instant>,
     lease: Lease,
     /// The content last shown to the daemon, with this node in it.
     shown: Option<Arc<View>>,
@@ -118,6 +120,7 @@ impl Membership {
             register_use: RegisterUse::Idle,
             writing: None,
             must_read: true,
+            moved: None,
             lease: Lease::Held,
             shown: None,
             fences: BTreeMap::new(),
@@ -221,7 +224,7 @@ impl Membership {
             Input::CasDone(outcome) => self.cas_done(outcome),
             Input::RegisterRead(read) => self.register_read(read),
             Input::Slots(slots) => self.watch.slots(now, slots),
-            Input::RegisterMoved => self.must_read = true,
+            Input::RegisterMoved => self.moved = self.moved.or(Some(now)),
             Input::Connected { node, incarnation } => {
                 self.watch.connected(now, node, incarnation);
                 // An applicant asks at once; a member answers with what it knows.
@@ -315,6 +318,7 @@ impl Membership {
             return;
         }
         self.register = Some((sequence, Arc::clone(&view)));
+        self.moved = None;
         self.forget_settled(&view);
         let member = view.is_member(self.me.node, self.me.incarnation);
         let excluded = view.recovery(self.me.node, self.me.incarnation).is_some();
@@ -403,8 +407,14 @@ impl Membership {
             self.next_beat = self.now + ms(HEARTBEAT_MS);
             self.heartbeat();
         }
+        // Who committed it is about to tell us; a ballot now would only get in the way of the next one.
+        let patience = if self.phase == Phase::Outside { ms(0) } else { ms(TELL_MS) };
+        if self.moved.is_some_and(|since| self.now.since(since) >= patience) {
+            self.must_read = true;
+        }
         if self.must_read && self.register_use == RegisterUse::Idle && self.phase != Phase::Over {
             self.must_read = false;
+            self.moved = None;
             self.register_use = RegisterUse::Reading;
             if self.lease == Lease::Lapsed {
                 self.lease = Lease::Deciding;

@@ -78,7 +78,7 @@ impl Membership {
     pub(super) fn compare(&mut self, from: Who, theirs: u64) {
         let Some((ours, view)) = self.register.clone() else { return };
         if theirs > ours {
-            self.must_read = true;
+            self.moved = self.moved.or(Some(self.now));
         } else if theirs < ours && view.adm == self.me.node {
             self.send(from.0, Message::Register { sequence: ours, view: Box::new(View::clone(&view)) });
         }
