@@ -36,6 +36,9 @@ use watch::{Judgement, Watch};
 /// One start of one node's daemon.
 pub(crate) type Who = (NodeId, Incarnation);
 
+/// A reason is kept and sent in so many characters: messages are bounded.
+const MAX_REASON: usize = 500;
+
 /// Work that was asked for and may be answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Work {
@@ -473,7 +476,7 @@ impl Work {
     fn ended(result: Result<(), String>, at: Instant) -> Work {
         match result {
             Ok(()) => Work::Done,
-            Err(why) => Work::Failed { why, at },
+            Err(why) => Work::Failed { why: why.chars().take(MAX_REASON).collect(), at },
         }
     }
 }
