@@ -117,6 +117,7 @@ impl Dlm {
     /// at once where this node is master and nothing is in the way. There must be no request on its way.
     pub fn request(&mut self, now: Instant, res: Resource, want: Mode, no_queue: bool) {
         assert!(want != Mode::NL, "a request is for access");
+        assert_eq!(check_name(&res, self.partition), Ok(()), "clients name resources of existing shards");
         let op = self.next_op();
         let own = self.own.entry(res).or_insert(Own { held: Mode::NL, value: None, ask: None });
         assert!(own.ask.is_none(), "one request per resource at a time");

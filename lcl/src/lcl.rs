@@ -4,20 +4,18 @@
 //! queued while it is held, so that they leave in the order in which they were decided.
 
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use dlm::{Dlm, Epoch, Fault, Message, Mode, PARTITIONS, Resource, ValueBlock};
+use dlm::{Dlm, Epoch, Fault, Message, Mode, PARTITIONS, Resource};
 use membership::View;
 use parking_lot::{Mutex, RwLock};
-use storage_control::{Incarnation, NodeId, Runtime};
+use storage_control::{Incarnation, Instant, NodeId, Runtime};
 
 use crate::api::{Callouts, Config, LockError, ReleaseError, Scope, Wire};
 use crate::demote::{self, Settled};
 use crate::entry::{Phase, Waiter};
+use crate::guard::{Guard, Wait};
 use crate::hooks::Hooks;
 use crate::partition::{Effects, Partition, Step, limit};
 use crate::stats::{CachedLock, Snapshot, Stats};
@@ -128,25 +126,26 @@ impl Lcl {
                 return None;
             }
         }
-        if !partition.dlm.is_free_here(&res, mode) {
-            return None;
-        }
+        let free = partition.dlm.is_free_here(&res, mode);
         drop(partition);
-        self.locked(res, |partition, step| {
-            let free =
+        (free && self.enter_by_local_grant(res, mode, scope)).then(|| self.guard(res, mode, scope))
+    }
+
+    /// Has this node as master grant the lock, if it is still free, and begins a use.
+    fn enter_by_local_grant(&self, res: Resource, mode: Mode, scope: Scope) -> bool {
+        let entered = self.locked(res, |partition, step| {
+            let unasked =
                 partition.entries.peek(&res).is_none_or(|e| e.asking.is_none() && e.phase == Phase::Open);
-            if free
-                && !partition.closed
-                && !partition.dlm.is_asking(&res)
-                && partition.dlm.is_free_here(&res, mode)
-            {
-                partition.ask(step, res, mode, true);
+            if partition.closed || !unasked || !partition.dlm.is_free_here(&res, mode) {
+                return false;
             }
+            partition.ask(step, res, mode, true);
+            partition.pump(step);
+            partition.enter_at_once(res, mode, scope)
         });
-        let mut partition = self.partition(res).lock();
-        let entered = !partition.closed && partition.entries.get_mut(&res)?.enter_at_once(mode, scope);
-        drop(partition);
-        entered.then(|| self.guard(res, mode, scope))
+        // Where the client had to hear of the grant first, only now it may be used.
+        entered
+            || self.locked(res, |partition, _| !partition.closed && partition.enter_at_once(res, mode, scope))
     }
 
     fn wait(&self, res: Resource, mode: Mode, scope: Scope, no_queue: bool) -> Result<Wait, LockError> {
@@ -165,11 +164,11 @@ impl Lcl {
             }
             Ok(())
         })?;
-        Ok(Wait { lcl: self.clone(), res, mode, scope, cell, over: false })
+        Ok(Wait::new(self.clone(), res, mode, scope, cell))
     }
 
     fn guard(&self, res: Resource, mode: Mode, scope: Scope) -> Guard {
-        Guard { lcl: self.clone(), res, mode, scope }
+        Guard::new(self.clone(), res, mode, scope)
     }
 
     /// A message from a member. An error says that no correct member sends it: end the connection.
@@ -349,11 +348,15 @@ impl Lcl {
         self.0.hooks.get(kind)
     }
 
+    pub(crate) fn now(&self) -> Instant {
+        self.0.runtime.now()
+    }
+
     pub(crate) async fn sleep(&self, duration: Duration) {
         self.0.runtime.sleep(duration).await;
     }
 
-    fn partition(&self, res: Resource) -> &Mutex<Partition> {
+    pub(crate) fn partition(&self, res: Resource) -> &Mutex<Partition> {
         &self.0.partitions[res.partition()]
     }
 
@@ -422,97 +425,5 @@ impl Lcl {
 impl fmt::Debug for Lcl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lcl").field("stats", &self.stats()).finish_non_exhaustive()
-    }
-}
-
-/// A wait for a use to begin; dropped early, it gives up.
-struct Wait {
-    lcl: Lcl,
-    res: Resource,
-    mode: Mode,
-    scope: Scope,
-    cell: Arc<Cell>,
-    over: bool,
-}
-
-impl Future for Wait {
-    type Output = Result<Option<Guard>, LockError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(outcome) = self.cell.poll(context.waker()) else { return Poll::Pending };
-        self.over = true;
-        Poll::Ready(match outcome {
-            Outcome::Admitted => Ok(Some(self.lcl.guard(self.res, self.mode, self.scope))),
-            Outcome::Refused => Ok(None),
-            Outcome::Closed => Err(LockError::Closed),
-        })
-    }
-}
-
-impl Drop for Wait {
-    fn drop(&mut self) {
-        if self.over {
-            return;
-        }
-        let Wait { res, mode, scope, .. } = *self;
-        self.lcl.locked(res, |partition, step| match self.cell.untaken() {
-            Some(Outcome::Admitted) => partition.leave(step, res, mode, scope),
-            Some(Outcome::Refused | Outcome::Closed) => {}
-            None => partition.abandon(step, res, &self.cell),
-        });
-    }
-}
-
-/// A use of a lock. While it lives the lock covers its mode; when it is dropped the lock stays cached.
-pub struct Guard {
-    lcl: Lcl,
-    res: Resource,
-    mode: Mode,
-    scope: Scope,
-}
-
-impl Guard {
-    /// The mode this use asked for; the node may hold more.
-    pub fn mode(&self) -> Mode {
-        self.mode
-    }
-
-    /// What is locked.
-    pub fn resource(&self) -> Resource {
-        self.res
-    }
-
-    /// The value block, where it is valid.
-    pub fn value(&self) -> Option<ValueBlock> {
-        self.lcl
-            .partition(self.res)
-            .lock()
-            .entries
-            .peek(&self.res)
-            .and_then(|entry| entry.value.as_deref().copied())
-    }
-
-    /// Writes the value block; others see it when the lock goes down. Under PW or EX only.
-    pub fn set_value(&self, value: ValueBlock) {
-        assert!(self.mode.writes_value(), "the value block is written under PW or EX");
-        let mut partition = self.lcl.partition(self.res).lock();
-        let entry = partition.entries.peek_mut(&self.res).expect("a used lock has an entry");
-        (entry.value, entry.value_written) = (Some(Box::new(value)), true);
-    }
-}
-
-impl fmt::Debug for Guard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Guard({} {} {:?})", self.res, self.mode, self.scope)
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let Guard { res, mode, scope, .. } = *self;
-        let now = self.lcl.0.runtime.now();
-        if !self.lcl.partition(res).lock().leave_unnoticed(now, res, mode, scope) {
-            self.lcl.locked(res, |partition, step| partition.leave(step, res, mode, scope));
-        }
     }
 }

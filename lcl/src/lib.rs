@@ -7,6 +7,7 @@
 mod api;
 mod demote;
 mod entry;
+mod guard;
 mod hooks;
 mod lcl;
 mod partition;
@@ -15,7 +16,8 @@ mod wait;
 
 pub use api::{CalloutError, Callouts, Config, LockError, ReleaseError, Scope, Wire};
 pub use dlm::{Message, Mode, Resource, ValueBlock};
-pub use lcl::{Guard, Lcl};
+pub use guard::Guard;
+pub use lcl::Lcl;
 pub use stats::{CachedLock, Phase, Snapshot, Stats, Waits};
 
 /// How often at most the purge callout is called for one way down.

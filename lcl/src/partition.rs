@@ -5,6 +5,7 @@
 //! - a lock that is in somebody's way is on its way down, or will be as soon as its request is answered;
 //! - every output of the DLM has been dealt with; every entry is kept for a reason.
 
+use std::sync::Arc;
 use std::task::Waker;
 
 use dlm::{Dlm, Fault, Mode, NameHash, Output, PARTITIONS, Refusal, Resource, ValueBlock};
@@ -15,7 +16,7 @@ use crate::api::{Config, Scope, Wire};
 use crate::entry::{Entry, Phase, Waiter};
 use crate::hooks::Hooks;
 use crate::stats::Stats;
-use crate::wait::Outcome;
+use crate::wait::{Cell, Outcome};
 
 /// What to do once the mutex is free.
 #[derive(Default)]
@@ -75,6 +76,11 @@ impl Partition {
         self.entries.get_or_insert_mut(res, || Entry::new(step.now))
     }
 
+    /// Begins a use at once if the lock is here and nobody is in the way.
+    pub(crate) fn enter_at_once(&mut self, res: Resource, mode: Mode, scope: Scope) -> bool {
+        self.entries.get_mut(&res).is_some_and(|entry| entry.enter_at_once(mode, scope))
+    }
+
     /// Puts a request at the end of the local queue, or answers it at once.
     pub(crate) fn wait(&mut self, step: &mut Step<'_>, res: Resource, waiter: Waiter) {
         let no_queue = waiter.no_queue;
@@ -101,15 +107,10 @@ impl Partition {
 
     /// A wait is given up: the request is withdrawn unless others here need it too. What is granted nevertheless
     /// stays cached.
-    pub(crate) fn abandon(
-        &mut self,
-        step: &mut Step<'_>,
-        res: Resource,
-        of: &std::sync::Arc<crate::wait::Cell>,
-    ) {
+    pub(crate) fn abandon(&mut self, step: &mut Step<'_>, res: Resource, of: &Arc<Cell>) {
         self.stats.cancelled += 1;
         let Some(entry) = self.entries.peek_mut(&res) else { return };
-        entry.queue.retain(|waiter| !std::sync::Arc::ptr_eq(&waiter.cell, of));
+        entry.queue.retain(|waiter| !Arc::ptr_eq(&waiter.cell, of));
         if entry.asking.is_some() && !entry.needs_more() {
             self.dlm.cancel(step.now, res);
         }
