@@ -170,6 +170,29 @@ mod on_a_store {
     }
 
     #[test]
+    #[ignore = "takes minutes in a debug build; cargo test --release -p mfs a_million -- --ignored"]
+    fn a_million_names() {
+        block_on(async {
+            let rig = Rig::new().await;
+            let mut dir = rig.inode(FileType::Directory).await;
+            for ino in 1..=1_000_000 {
+                add(&rig, &mut dir, format!("file-{ino:08}").as_bytes(), ino).await.unwrap();
+            }
+            let Content::DirentTree(root) = &dir.content else { panic!("it is a tree") };
+            assert!(root.depth <= 3, "depth {}", root.depth);
+            for ino in (1..=1_000_000).step_by(997) {
+                let found = lookup(&rig.store, &dir, format!("file-{ino:08}").as_bytes()).await.unwrap();
+                assert_eq!(found.map(|dirent| dirent.ino), Some(ino));
+            }
+            assert_eq!(all(&rig, &dir, 1000).await.len(), 1_000_000);
+            for ino in 1..=1_000_000 {
+                take(&rig, &mut dir, format!("file-{ino:08}").as_bytes(), true).await.unwrap();
+            }
+            rig.empty(&mut dir).await;
+        });
+    }
+
+    #[test]
     fn names_of_one_hash_are_told_apart() {
         block_on(async {
             let rig = Rig::new().await;

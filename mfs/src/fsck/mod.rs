@@ -5,6 +5,7 @@
 //! is two bits per block, the numbers of directories still to read, and an entry per inode with several names.
 
 mod layout;
+mod names;
 mod overlay;
 mod report;
 mod space;
@@ -17,12 +18,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use storage_control::label::Label;
-use storage_control::{BlockAddr, Device, Runtime};
+use storage_control::{AlignedBuf, BlockAddr, Device, Runtime};
 
 pub use report::{Finding, Report, Severity, Stats};
 
+use crate::LockName;
 use crate::error::FsError;
 use crate::format::group::BlockState;
+use crate::format::header::{Block, BlockKind, verify};
 use crate::format::superblock::Superblock;
 use space::{Refusal, Uses};
 use walk::Linked;
@@ -103,6 +106,7 @@ async fn run(
     checker.check_journals().await;
     checker.walk_names().await;
     checker.walk_orphans().await;
+    checker.note_finished_truncations();
     checker.check_groups().await;
     *report = checker.report;
     Ok(())
@@ -134,6 +138,28 @@ impl Checker<'_> {
         };
         self.report.error(what, addr, why);
         false
+    }
+
+    /// Checks a block that was read.
+    fn verify(
+        &self,
+        image: &AlignedBuf,
+        addr: BlockAddr,
+        kind: BlockKind,
+        owner: LockName,
+    ) -> Result<Box<Block>, FsError> {
+        let block: Box<Block> = Box::new(image[..].try_into().expect("one block was read"));
+        verify(&block, kind, addr, &self.superblock.secret, owner)?;
+        Ok(block)
+    }
+
+    /// Reads and checks a block.
+    async fn block(&self, addr: BlockAddr, kind: BlockKind, owner: LockName) -> Result<Box<Block>, FsError> {
+        if addr.0 >= self.device.blocks() {
+            return Err(FsError::corrupt(kind.name(), addr, "it lies outside the device"));
+        }
+        let image = self.device.read(addr, 1).await?;
+        self.verify(&image, addr, kind, owner)
     }
 
     fn progress(&self, what: &'static str, done: u64, total: u64) {

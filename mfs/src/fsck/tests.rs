@@ -194,12 +194,10 @@ fn nothing_is_written_by_a_check() {
     block_on(async {
         let sample = sample().await;
         sample.rig.store.commit().await.unwrap();
-        let (before, writes) = (sample.rig.device.image(), sample.rig.device.writes());
         let options = Options { replay: Some(Arc::clone(&sample.rig.runtime)), ..Options::default() };
-        let device = Arc::new(MemDevice::from_image(&before));
+        let device = Arc::new(MemDevice::from_image(&sample.rig.device.image()));
         check_at(device.clone(), FS_START, options).await;
         assert_eq!(device.writes(), 0);
-        assert!(sample.rig.device.writes() >= writes);
     });
 }
 
