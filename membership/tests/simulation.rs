@@ -11,7 +11,7 @@ fn seeds() -> std::ops::Range<u64> {
     match (number("SEED"), number("SEEDS")) {
         (Some(one), _) => one..one + 1,
         (None, Some(count)) => 0..count,
-        (None, None) => 0..60,
+        (None, None) => 0..25,
     }
 }
 
