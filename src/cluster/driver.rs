@@ -324,6 +324,7 @@ impl Driver {
                 self.meet(&view);
                 self.hooks.install_view(Arc::clone(&view));
                 *self.installed.write() = Some(view);
+                self.show();
             }
             Output::Fenced { node, incarnation } => self.hooks.fenced(node, incarnation),
             Output::Recovered { node, incarnation } => self.hooks.recovered(node, incarnation),

@@ -28,6 +28,8 @@ pub(super) struct Hooks {
     /// The filesystem, from when it is mounted.
     pub(super) fs: watch::Sender<Option<Arc<Filesystem>>>,
     pub(super) tell: UnboundedSender<News>,
+    /// What was installed last.
+    pub(super) view: Mutex<Option<Arc<View>>>,
     /// Journals whose orphans this node has looked after since they were last in use.
     pub(super) adopted: Mutex<BTreeSet<u16>>,
 }
@@ -43,16 +45,13 @@ impl Hooks {
         }
     }
 
-    /// The ADM looks after the orphans of nodes that have gone: every journal that nobody uses, once.
-    fn adopt_orphans(&self, view: &View) {
-        let clean: BTreeSet<u16> = view.clean_journals().collect();
-        let mut adopted = self.adopted.lock();
-        adopted.retain(|journal| clean.contains(journal));
+    /// The ADM looks after the orphans of nodes that have gone: those of every journal that nobody uses, once.
+    fn adopt_orphans(&self, view: &View, clean: BTreeSet<u16>) {
         if view.adm != self.me {
             return;
         }
         for journal in clean {
-            if !adopted.insert(journal) {
+            if !self.adopted.lock().insert(journal) {
                 continue;
             }
             let mounted = self.mounted();
@@ -61,7 +60,7 @@ impl Hooks {
                 match fs.adopt(journal).await {
                     Ok(0) => {}
                     Ok(orphans) => tracing::info!(journal, orphans, "adopted orphans"),
-                    Err(error) => tracing::debug!(journal, %error, "orphans not adopted"),
+                    Err(error) => tracing::warn!(journal, %error, "orphans not adopted"),
                 }
             }));
         }
@@ -72,7 +71,10 @@ impl ClusterHooks for Hooks {
     fn install_view(&self, view: Arc<View>) {
         let members: Vec<&str> = view.members.values().map(|m| m.name.as_str()).collect();
         tracing::info!(generation = view.generation.0, members = members.join(" "), "view");
-        self.adopt_orphans(&view);
+        let clean: BTreeSet<u16> = view.clean_journals().collect();
+        self.adopted.lock().retain(|journal| clean.contains(journal));
+        self.adopt_orphans(&view, clean);
+        *self.view.lock() = Some(Arc::clone(&view));
         self.lcl.install_view(view);
     }
 
@@ -84,6 +86,12 @@ impl ClusterHooks for Hooks {
     fn recovered(&self, node: NodeId, incarnation: Incarnation) {
         tracing::info!(%node, %incarnation, "recovered");
         self.lcl.recovered(node, incarnation);
+        // A recovery that ends makes no new view, but its journal clean.
+        let view = self.view.lock().clone();
+        if let Some(view) = view {
+            let journal = view.recovery(node, incarnation).and_then(|recovery| recovery.journal);
+            self.adopt_orphans(&view, journal.into_iter().collect());
+        }
     }
 
     fn replay(&self, journal: u16) -> BoxFuture<Result<(), String>> {

@@ -182,6 +182,7 @@ async fn join(
         runtime: Arc::clone(runtime),
         fs: watch::Sender::new(None),
         tell,
+        view: Default::default(),
         adopted: Default::default(),
     });
     let cluster = Arc::new(claimed.join(Arc::clone(&hooks) as _)?);

@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn damaged_messages_are_errors() {
         let bytes = encode(&message());
-        (0..bytes.len()).for_each(|cut| drop(decode(&bytes[..cut]).expect_err("cut off")));
+        assert!((0..bytes.len()).all(|cut| decode(&bytes[..cut]).is_err()));
         assert!(decode(&[bytes, vec![0]].concat()).is_err());
         assert!(decode(&[0xff; 4096]).is_err());
     }

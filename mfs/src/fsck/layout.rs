@@ -17,6 +17,16 @@ use crate::format::superblock::{Source, Superblock};
 use crate::journal::{Head, Place, has_records};
 use crate::orphan::{OrphanKind, read_block};
 
+/// Whether the copy differs only in journals that the superblock does not have yet.
+fn is_ahead(superblock: &Superblock, copy: &Superblock) -> bool {
+    let mut with = superblock.clone();
+    with.version = copy.version;
+    for (known, new) in with.journals.iter_mut().zip(&copy.journals) {
+        *known = known.or(*new);
+    }
+    with == *copy
+}
+
 async fn read_one(device: &dyn Device, addr: BlockAddr) -> Result<Box<Block>, FsError> {
     let image = device.read(addr, 1).await?;
     Ok(Box::new(image[..].try_into().expect("one block was read")))
@@ -35,7 +45,11 @@ pub(super) async fn superblock(
     }
     let addr = superblock.geometry.superblock_copy();
     match Superblock::parse(&*read_one(device, addr).await?, addr) {
-        Ok(copy) if copy == superblock => {}
+        // They are written one after the other, so their versions differ.
+        Ok(copy) if Superblock { version: superblock.version, ..copy.clone() } == superblock => {}
+        Ok(copy) if is_ahead(&superblock, &copy) => {
+            report.add(Severity::Note, "copy of the superblock", addr, "making a journal was cut short");
+        }
         Ok(_) => report.error("copy of the superblock", addr, "it differs from the superblock"),
         Err(error) => report.error("copy of the superblock", addr, error.to_string()),
     }
