@@ -209,6 +209,11 @@ impl Mirror {
         self.recyclable.insert(block);
     }
 
+    /// Freed data blocks wait for their transaction.
+    pub(crate) fn is_cooling(&self) -> bool {
+        !self.cooling.is_empty()
+    }
+
     /// Freed data blocks of stable transactions are free.
     pub(crate) fn thaw(&mut self, stable: TxnSeq) {
         while let Some(&(seq, start, len)) = self.cooling.front() {

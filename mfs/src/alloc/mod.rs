@@ -37,7 +37,7 @@ use crate::{
         header::BlockKind,
     },
     store::{
-        Store, block_of,
+        Store, TxnSeq, block_of,
         wait::{WaitQueue, join_all},
     },
 };
@@ -97,6 +97,16 @@ impl State {
                 self.available = self.available + u64::from(after) - u64::from(before);
                 Some(result)
             }
+        }
+    }
+
+    /// Freed data of stable transactions are free, in every held group.
+    fn thaw(&mut self, stable: TxnSeq) {
+        let cooling = |held: &Held| matches!(held, Held::Here { mirror, .. } if mirror.is_cooling());
+        let groups: Vec<u32> =
+            self.groups.iter().filter(|(_, held)| cooling(held)).map(|(group, _)| *group).collect();
+        for group in groups {
+            self.change(group, |mirror| mirror.thaw(stable));
         }
     }
 

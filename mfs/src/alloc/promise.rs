@@ -52,6 +52,9 @@ impl Alloc {
         let mut state = self.0.state.lock();
         let wanted = state.promised.checked_add(blocks).ok_or(FsError::NoSpace)?;
         if wanted > state.available {
+            state.thaw(self.0.store.stable());
+        }
+        if wanted > state.available {
             return Err(FsError::NoSpace);
         }
         state.promised = wanted;

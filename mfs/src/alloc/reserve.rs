@@ -359,10 +359,9 @@ impl Alloc {
         if let Some(consumer) = self.consumer() {
             consumer.gather_tails().await;
         }
-        let stable = self.0.store.stable();
+        self.0.state.lock().thaw(self.0.store.stable());
         for group in self.held_groups(0) {
             if let Some(_guard) = self.enter(group, How::Cached).await? {
-                self.0.state.lock().change(group, |mirror| mirror.thaw(stable));
                 self.recycle(group).await?;
             }
         }

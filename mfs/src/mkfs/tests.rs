@@ -194,3 +194,37 @@ fn making_a_journal_survives_a_crash_at_any_write() {
         assert_eq!(free, expected, "cut after change {stop}: a journal is allocated once");
     }
 }
+
+/// The checksum covers every byte, so it stands for all of them: when one of these fails, the format has changed.
+#[test]
+fn golden_checksums() {
+    let world = SimRuntime::new(1);
+    let (device, sb) = formatted(&world, options(BLOCKS));
+    let checksum = |addr: BlockAddr| {
+        let buf = device.peek(addr, 1);
+        header::Header::of(block_of(&buf)).checksum.get()
+    };
+    let group = sb.geometry.group_start(0);
+    let journal = sb.journal(0).unwrap();
+    let golden = [
+        ("superblock", checksum(FS_START)),
+        ("copy", checksum(sb.geometry.superblock_copy())),
+        ("group header", checksum(group)),
+        ("bitmap", checksum(BlockAddr(group.0 + 1))),
+        ("journal header", checksum(journal)),
+        ("orphan table", checksum(BlockAddr(journal.0 + ORPHANS_AT))),
+        ("root", checksum(sb.root)),
+    ];
+    assert_eq!(
+        golden,
+        [
+            ("superblock", 0x03c50ec2),
+            ("copy", 0xd9edcf49),
+            ("group header", 0x24b5c474),
+            ("bitmap", 0x0f3a05c0),
+            ("journal header", 0xdacf861e),
+            ("orphan table", 0x0493d5ae),
+            ("root", 0x5e472e4e),
+        ]
+    );
+}

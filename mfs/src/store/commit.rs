@@ -53,6 +53,19 @@ struct Committing {
     owners: HashSet<LockName>,
 }
 
+/// How far a shutdown has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum End {
+    /// In use.
+    No,
+    /// Nothing begins any more.
+    Draining,
+    /// Everything is in place: the journal is to be marked clean.
+    Drained,
+    /// It is.
+    Clean,
+}
+
 /// How far transactions have come: running, committing, stable, passed by the tail.
 pub(crate) struct Progress {
     pub(crate) running: Running,
@@ -69,8 +82,7 @@ pub(crate) struct Progress {
     last_record: u64,
     /// The last `Store` is gone.
     pub(crate) stopped: bool,
-    /// `shutdown` was called; true once the journal is marked clean.
-    shutdown: Option<bool>,
+    end: End,
     /// Counts handles.
     begun: u64,
 }
@@ -88,7 +100,7 @@ impl Progress {
             ring,
             last_record: 0,
             stopped: false,
-            shutdown: None,
+            end: End::No,
             begun: 0,
         }
     }
@@ -157,7 +169,7 @@ impl Inner {
             return Some(Err(error));
         }
         let mut progress = self.progress.lock();
-        if progress.shutdown.is_some() {
+        if progress.end != End::No {
             return Some(Err(FsError::Closed("the filesystem is being unmounted")));
         }
         if progress.running.closing {
@@ -206,7 +218,7 @@ impl Inner {
     /// See `Store::commit_upto`.
     pub(super) async fn commit_upto(&self, seq: TxnSeq) -> Result<(), FsError> {
         self.check_failed()?;
-        {
+        let seq = {
             let mut progress = self.progress.lock();
             if progress.stable >= seq {
                 return Ok(());
@@ -214,7 +226,8 @@ impl Inner {
             // A number that no transaction has yet is stable when the running one is.
             let seq = seq.min(progress.running.seq);
             progress.wanted = progress.wanted.max(seq);
-        }
+            seq
+        };
         self.work.wake_all();
         self.stable
             .until(|| match self.check_failed() {
@@ -297,14 +310,29 @@ impl Inner {
         Ok(Some(Closed { seq, head, at, frozen }))
     }
 
-    /// See `Store::shutdown`; everything is in place already.
+    /// See `Store::shutdown`.
     pub(super) async fn shutdown(&self) -> Result<(), FsError> {
-        self.progress.lock().shutdown.get_or_insert(false);
+        let seq = {
+            let mut progress = self.progress.lock();
+            if progress.end == End::No {
+                progress.end = End::Draining;
+            }
+            progress.newest()
+        };
+        self.room.wake_all();
+        self.commit_upto(seq).await?;
+        self.checkpoint_upto(seq).await?;
+        {
+            let mut progress = self.progress.lock();
+            if progress.end == End::Draining {
+                progress.end = End::Drained;
+            }
+        }
         self.work.wake_all();
         self.moved
             .until(|| match self.check_failed() {
                 Err(error) => Some(Err(error)),
-                Ok(()) => (self.progress.lock().shutdown == Some(true)).then_some(Ok(())),
+                Ok(()) => (self.progress.lock().end == End::Clean).then_some(Ok(())),
             })
             .await
     }
@@ -340,7 +368,7 @@ async fn commit_loop(inner: Arc<Inner>) {
                     return Some(Work::End);
                 }
                 let progress = inner.progress.lock();
-                if progress.stopped || progress.shutdown == Some(true) {
+                if progress.stopped || progress.end == End::Clean {
                     Some(Work::End)
                 } else if progress.wanted > progress.stable {
                     Some(Work::Do(()))
@@ -374,7 +402,7 @@ async fn checkpoint_loop(inner: Arc<Inner>, mut head: Head) {
                     Some(Work::End)
                 } else if progress.tail_wanted > progress.passed && progress.stable > progress.passed {
                     Some(Work::Do(Some(progress.stable)))
-                } else if progress.shutdown == Some(false) {
+                } else if progress.end == End::Drained {
                     Some(Work::Do(None))
                 } else {
                     None
@@ -389,7 +417,7 @@ async fn checkpoint_loop(inner: Arc<Inner>, mut head: Head) {
                 head.clock = inner.clock.now();
                 let result = head.write_both(&*inner.device, &inner.place).await;
                 if result.is_ok() {
-                    inner.progress.lock().shutdown = Some(true);
+                    inner.progress.lock().end = End::Clean;
                     inner.moved.wake_all();
                     inner.work.wake_all();
                     return;
@@ -417,7 +445,7 @@ async fn tick_loop(inner: Arc<Inner>) {
         let now = runtime.now();
         {
             let mut progress = inner.progress.lock();
-            if progress.stopped || progress.shutdown == Some(true) || inner.check_failed().is_err() {
+            if progress.stopped || progress.end == End::Clean || inner.check_failed().is_err() {
                 return;
             }
             if progress.begun != begun_before {

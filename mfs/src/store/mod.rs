@@ -302,9 +302,9 @@ impl Store {
         self.inner().fail(FsError::Closed(why));
     }
 
-    /// Commits, puts everything in place, marks the journal clean and ends the background tasks.
+    /// Lets nothing begin any more, commits, puts everything in place, marks the journal clean and ends the
+    /// background tasks.
     pub async fn shutdown(&self) -> Result<(), FsError> {
-        self.checkpoint().await?;
         self.inner().shutdown().await
     }
 

@@ -174,7 +174,9 @@ impl Inner {
 
     fn landed(&self, run: &Run) {
         for &(addr, seq) in &run.blocks {
-            if self.pending.lock().landed(addr, seq) {
+            // Under the mutex: who sees that nothing is pending may forget the block.
+            let mut pending = self.pending.lock();
+            if pending.landed(addr, seq) {
                 self.cache.placed(addr, seq);
             }
         }

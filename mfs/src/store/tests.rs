@@ -615,6 +615,13 @@ fn threads_that_write_commit_and_settle_at_once_all_get_through() {
                             0 => store.commit().await.unwrap(),
                             1 => store.settle(owner(cells[n])).await.unwrap(),
                             2 => store.checkpoint().await.unwrap(),
+                            3 => {
+                                store.settle(owner(cells[n])).await.unwrap();
+                                store.forget(owner(cells[n]));
+                                let at = place(&sb, cells[n]);
+                                let image = store.read(at, KIND, owner(cells[n])).await.unwrap();
+                                assert_eq!(value_of(&image), value);
+                            }
                             _ => {}
                         }
                     }
@@ -627,4 +634,60 @@ fn threads_that_write_commit_and_settle_at_once_all_get_through() {
     for n in 0..200 {
         assert_eq!(on_disk(&device, &sb, n), Some(1000 + n / 50));
     }
+}
+
+#[test]
+fn golden_checksum_of_a_record() {
+    let world = SimRuntime::new(9);
+    let (device, _, records) = two_records(&world);
+    let buf = device.peek(records[0], 1);
+    assert_eq!(
+        Header::of(block_of(&buf)).checksum.get(),
+        0x7deff727,
+        "when this fails, the format has changed"
+    );
+}
+
+/// Prints the cost of the hot path: `cargo test --release -p mfs -- --ignored speed --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn speed_of_the_hot_path() {
+    let node = Node::new(1, 1 << 19);
+    let (store, sb, alloc) = (node.store.clone(), node.store.superblock().clone(), node.alloc.clone());
+    node.world.run(async move {
+        put(&store, &sb, &(0..200).collect::<Vec<_>>(), 1, true).await;
+        let each = |name: &str, start: std::time::Instant, n: u32| {
+            println!("{name}: {:?}", start.elapsed() / n);
+        };
+        let start = std::time::Instant::now();
+        for value in 0..200_000 {
+            put(&store, &sb, &[value % 200], value, false).await;
+        }
+        each("begin, edit, end", start, 200_000);
+        let start = std::time::Instant::now();
+        for value in 0..200_000 {
+            store.read(place(&sb, value % 200), KIND, owner(value % 200)).await.unwrap();
+        }
+        each("cached read", start, 200_000);
+        let start = std::time::Instant::now();
+        for _ in 0..20_000 {
+            let want = crate::alloc::Want { meta: 1, data: 1, ..Default::default() };
+            drop(alloc.reserve(want).await.unwrap());
+        }
+        each("reserve two blocks and give them back", start, 20_000);
+        let start = std::time::Instant::now();
+        for _ in 0..20_000 {
+            let want = crate::alloc::Want { meta: 1, data: 1, ..Default::default() };
+            let mut res = alloc.reserve(want).await.unwrap();
+            let mut txn = store.begin(1 + res.credits()).await.unwrap();
+            let addr = res.meta();
+            res.log_meta(&mut txn, addr).await.unwrap();
+            res.log_run(&mut txn, res.runs()[0]).await.unwrap();
+            txn.create(addr, KIND, owner(addr.0), |_| ());
+        }
+        each("reserve and log two blocks, create one, commits included", start, 20_000);
+        let start = std::time::Instant::now();
+        store.checkpoint().await.unwrap();
+        each("checkpoint", start, 1);
+    });
 }
