@@ -228,3 +228,32 @@ fn golden_checksums() {
         ]
     );
 }
+
+#[test]
+fn a_large_filesystem_is_made_by_its_group_headers_alone() {
+    let world = SimRuntime::new(1);
+    let (device, sb) = formatted(&world, options(1 << 30)); // 4 TiB
+    assert_eq!((sb.geometry.groups, sb.geometry.group_blocks), (4096, MAX_GROUP_BLOCKS));
+    assert!(device.writes() < 4096 + 100);
+    let node = Node::mount(&world, &device, &sb, 0);
+    world.run(async move {
+        let usage = node.alloc.statfs().await.unwrap();
+        assert!(usage.free > (1 << 30) * 99 / 100);
+        // Deep in a group whose bitmaps were never written.
+        let goal = BlockAddr(sb.geometry.group_start(77).0 + 200_000);
+        let want = crate::alloc::Want { data: 20_000, goal: Some(goal), ..Default::default() };
+        let res = node.alloc.reserve(want).await.unwrap();
+        assert_eq!(res.runs(), [Run { addr: goal, len: 20_000 }]);
+        let mut txn = node.store.begin(res.credits()).await.unwrap();
+        res.log_run(&mut txn, res.runs()[0]).await.unwrap();
+        drop((txn, res));
+        node.lcl.trim(0).await;
+        assert_eq!(node.alloc.statfs().await.unwrap().free, usage.free - 20_000);
+        let guard = node.alloc.lock_groups_for_free(&[goal]).await.unwrap();
+        let mut txn = node.store.begin(guard.credits()).await.unwrap();
+        guard.free_run(&mut txn, Run { addr: goal, len: 20_000 }).await.unwrap();
+        drop((txn, guard));
+        node.store.shutdown().await.unwrap();
+        assert_eq!(node.alloc.statfs().await.unwrap().free, usage.free);
+    });
+}
