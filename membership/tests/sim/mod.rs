@@ -100,6 +100,8 @@ pub(crate) struct World {
     generations: BTreeMap<u64, Arc<View>>,
     fenced: BTreeSet<Who>,
     recovered: BTreeSet<Who>,
+    /// Who has asked to leave.
+    leaving: BTreeSet<Who>,
     left: BTreeSet<Who>,
     trouble_until: u64,
     trace: Vec<String>,
@@ -127,6 +129,7 @@ impl World {
             generations: BTreeMap::new(),
             fenced: BTreeSet::new(),
             recovered: BTreeSet::new(),
+            leaving: BTreeSet::new(),
             left: BTreeSet::new(),
             trouble_until: 0,
             trace: Vec::new(),
@@ -437,7 +440,8 @@ impl World {
         for member in before.members.values() {
             let who = (member.node, member.incarnation);
             if !view.is_member(who.0, who.1) && view.recovery(who.0, who.1).is_none() {
-                if !matches!(self.nodes[&who.0].core.phase(), Phase::Leaving) {
+                // It may be dead by now: it had given up everything before it asked.
+                if !self.leaving.contains(&who) {
                     self.fail(&format!("{who:?} vanished without leaving or being excluded"));
                 }
                 self.left.insert(who);
@@ -746,6 +750,7 @@ impl World {
                     && self.random.chance(50)
                 {
                     self.note(format!("{who:?} wants to leave"));
+                    self.leaving.insert(who);
                     self.give(who, Input::Leave);
                 }
             }
