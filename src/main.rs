@@ -4,12 +4,10 @@
 //! threads, processes and the terminal. Nothing depends on it.
 
 mod cli;
-#[allow(dead_code)]
 mod cluster;
 mod control;
 mod daemon;
 mod failure;
-#[allow(dead_code)]
 mod interconnect;
 mod runtime;
 

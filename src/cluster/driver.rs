@@ -40,6 +40,8 @@ pub(super) enum Event {
     Renewal(News),
     /// The end of a read of the register that began then.
     Read(Instant, Option<(u64, Arc<View>)>),
+    /// Ends as a killed process does.
+    #[cfg(test)]
     Stop,
 }
 
@@ -114,7 +116,9 @@ impl Driver {
         while !self.state.over {
             let wait = next_tick.since(self.runtime.now());
             match events.recv_timeout(wait) {
-                Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                #[cfg(test)]
+                Ok(Event::Stop) => return,
+                Err(RecvTimeoutError::Disconnected) => return,
                 Ok(event) => self.happened(event),
                 Err(RecvTimeoutError::Timeout) => {
                     next_tick = self.runtime.now() + TICK;
@@ -134,6 +138,7 @@ impl Driver {
                 self.give(Input::RegisterRead(content));
             }
             Event::Renewal(news) => self.renewed(news),
+            #[cfg(test)]
             Event::Stop => self.state.over = true,
         }
     }

@@ -291,8 +291,6 @@ pub(crate) struct Status {
     pub(crate) me: Who,
     /// What the driver shows: view, slots, standings, notices.
     pub(crate) shown: Shown,
-    /// Who is connected.
-    pub(crate) connected: Vec<Who>,
     /// When the lease runs out.
     pub(crate) lease_until: Option<Instant>,
     /// Fences that are waited for, and for what.
@@ -336,7 +334,7 @@ impl Cluster {
 
     /// Ends as a killed process does: nothing is said, nothing given back.
     #[cfg(test)]
-    fn abandon(self) {
+    fn abandon(&self) {
         let _ = self.events.send(Event::Stop);
         self.net.stop();
     }
@@ -366,7 +364,6 @@ impl Cluster {
         Status {
             me: self.me,
             shown: self.shown.lock().clone(),
-            connected: self.net.connected(),
             lease_until: self.gate.lease_until(),
             fences: self.fencing.fencer.under_way(),
             protection: self.fencing.fencer.protection(),

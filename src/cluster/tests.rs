@@ -22,17 +22,41 @@ enum News {
     Closed,
 }
 
-struct Daemon(Mutex<StdSender<News>>);
+/// Greets every other member from within `install_view`, as the lock manager does.
+struct Daemon {
+    me: NodeId,
+    news: Mutex<StdSender<News>>,
+    wire: Mutex<Wire>,
+}
+
+enum Wire {
+    Early(Vec<(NodeId, Generation)>),
+    Open(std::sync::Weak<Cluster>),
+}
+
+fn greet(cluster: &Cluster, to: NodeId, generation: Generation) {
+    cluster.send_dlm(to, generation, format!("hello in {generation}").as_bytes());
+}
 
 impl Daemon {
     fn tell(&self, news: News) {
-        let _ = self.0.lock().send(news);
+        let _ = self.news.lock().send(news);
     }
 }
 
 impl ClusterHooks for Daemon {
     fn install_view(&self, view: Arc<View>) {
         self.tell(News::View(view.generation, view.members.keys().map(|node| node.0).collect()));
+        for other in view.members.keys().filter(|node| **node != self.me) {
+            match &mut *self.wire.lock() {
+                Wire::Early(early) => early.push((*other, view.generation)),
+                Wire::Open(cluster) => {
+                    if let Some(cluster) = cluster.upgrade() {
+                        greet(&cluster, *other, view.generation);
+                    }
+                }
+            }
+        }
     }
     fn fenced(&self, node: NodeId, incarnation: Incarnation) {
         self.tell(News::Fenced(node.0, incarnation.0));
@@ -110,7 +134,13 @@ impl Image {
         let claimed = block_on(claim(storage, config, Arc::default(), runtime)).expect("a slot");
         let me = (claimed.node().0, claimed.incarnation().0);
         let (sender, news) = channel();
-        let cluster = claimed.join(Arc::new(Daemon(Mutex::new(sender)))).expect("threads");
+        let wire = Mutex::new(Wire::Early(Vec::new()));
+        let daemon = Arc::new(Daemon { me: NodeId(me.0), news: Mutex::new(sender), wire });
+        let cluster = Arc::new(claimed.join(Arc::clone(&daemon) as Arc<dyn ClusterHooks>).expect("threads"));
+        let before = std::mem::replace(&mut *daemon.wire.lock(), Wire::Open(Arc::downgrade(&cluster)));
+        if let Wire::Early(early) = before {
+            early.into_iter().for_each(|(to, generation)| greet(&cluster, to, generation));
+        }
         Node { me, cluster, news }
     }
 }
@@ -123,11 +153,16 @@ impl Drop for Image {
 
 struct Node {
     me: (u16, u64),
-    cluster: Cluster,
+    cluster: Arc<Cluster>,
     news: Receiver<News>,
 }
 
 impl Node {
+    /// Killed: with the last handle to the device the lock of its slot falls.
+    fn abandon(self) {
+        self.cluster.abandon();
+    }
+
     fn admitted(&self) -> u16 {
         block_on(self.cluster.admitted()).expect("admitted")
     }
@@ -184,7 +219,7 @@ fn three_nodes_form_join_talk_die_come_back_and_leave() {
 
     // Killed: the connection ends, the lock of its slot falls.
     let killed = StdInstant::now();
-    c.cluster.abandon();
+    c.abandon();
     a.until(&News::Replayed(2));
     a.until(&News::Recovered(2, 1));
     b.until(&News::Fenced(2, 1));
@@ -206,7 +241,31 @@ fn three_nodes_form_join_talk_die_come_back_and_leave() {
     let a = image.start("a");
     assert_eq!((a.me, a.admitted()), ((0, 2), 0));
     assert!(a.news.try_iter().all(|news| !matches!(news, News::Replayed(_))));
-    a.cluster.abandon();
+    a.abandon();
+}
+
+/// The lock layer reports to a new member from within `install_view`: once these reports were dropped, because the
+/// interconnect did not know the member yet, and the new masters waited for them for ever.
+#[test]
+fn what_is_sent_from_within_install_view_arrives() {
+    let image = Image::new("greet");
+    let nodes = ["a", "b", "c"].map(|name| {
+        let node = image.start(name);
+        node.admitted();
+        node
+    });
+    let generation = nodes[2].cluster.shown.lock().register.as_ref().map(|(_, view)| view.generation);
+    let hello = format!("hello in {}", generation.expect("a view")).into_bytes();
+    for node in &nodes {
+        let mut greeted = BTreeSet::new();
+        while greeted.len() < 2 {
+            match node.news.recv_timeout(PATIENCE).expect("a greeting in time") {
+                News::Dlm(from, text) if text == hello => assert!(greeted.insert(from)),
+                _ => {}
+            }
+        }
+    }
+    nodes.into_iter().for_each(|node| node.abandon());
 }
 
 #[test]
@@ -217,11 +276,11 @@ fn the_adm_is_killed_and_another_takes_over() {
     let b = image.start("b");
     b.admitted();
     let killed = StdInstant::now();
-    a.cluster.abandon();
+    a.abandon();
     b.until(&News::Replayed(0));
     b.until(&News::Recovered(0, 1));
     assert!(killed.elapsed() < Duration::from_secs(2), "{:?}", killed.elapsed());
-    b.cluster.abandon();
+    b.abandon();
 }
 
 #[test]
@@ -232,7 +291,7 @@ fn all_are_killed_and_the_next_recovers_everything() {
         node.admitted();
         node
     });
-    nodes.into_iter().for_each(|node| node.cluster.abandon());
+    nodes.into_iter().for_each(|node| node.abandon());
     std::thread::sleep(Duration::from_millis(300)); // the kernel's part of a kill
     let b = image.start("b");
     assert_eq!(b.me, (1, 2));
@@ -243,7 +302,7 @@ fn all_are_killed_and_the_next_recovers_everything() {
         .filter_map(|news| if let News::Replayed(index) = news { Some(index) } else { None })
         .collect();
     assert_eq!(replayed, [0, 1, 2].into());
-    b.cluster.abandon();
+    b.abandon();
 }
 
 #[test]
@@ -253,7 +312,7 @@ fn without_the_proof_a_killed_node_is_fenced_by_its_lease() {
     a.admitted();
     let b = image.start_with("b", FenceChoice::LeaseOnly);
     b.admitted();
-    b.cluster.abandon();
+    b.abandon();
     a.until(&News::Recovered(1, 1));
-    a.cluster.abandon();
+    a.abandon();
 }

@@ -223,7 +223,7 @@ impl Interconnect {
             let linked = state.links.get(&to).map(|link| link.who);
             let waited = state.peers.get(&to).map(|peer| peer.who);
             // Membership says everything again; old news must not wait for a connection.
-            let who = if channel == Channel::Membership { linked } else { waited };
+            let who = if channel == Channel::Membership { linked } else { waited.or(linked) };
             match who.and_then(|who| state.queues.get(&who)) {
                 Some(queue) => Arc::clone(queue),
                 None => return false,
@@ -253,7 +253,8 @@ impl Interconnect {
     }
 
     /// Who is connected.
-    pub(crate) fn connected(&self) -> Vec<Who> {
+    #[cfg(test)]
+    fn connected(&self) -> Vec<Who> {
         self.shared.state.lock().links.values().map(|link| link.who).collect()
     }
 
