@@ -6,6 +6,7 @@
 mod common;
 
 use std::fs::{self, File, OpenOptions};
+use std::hint::black_box;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -79,12 +80,16 @@ fn small_file(dir: &Path) -> PathBuf {
 
 fn fstat(dir: &Path) -> f64 {
     let file = File::open(small_file(dir)).expect("open");
-    ns_per_call(|| drop(file.metadata().expect("fstat")))
+    ns_per_call(|| {
+        black_box(file.metadata().expect("fstat"));
+    })
 }
 
 fn stat(dir: &Path) -> f64 {
     let file = small_file(dir);
-    ns_per_call(|| drop(fs::metadata(&file).expect("stat")))
+    ns_per_call(|| {
+        black_box(fs::metadata(&file).expect("stat"));
+    })
 }
 
 fn read_cached(dir: &Path) -> f64 {
