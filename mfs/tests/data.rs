@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use mfs::ops::Operations;
-use storage_control::Request;
 use storage_control::mem_device::Fault;
+use storage_control::{Durability, Request};
 use support::{Short, errno, is_no_space, pattern, run};
 
 const MIB_64: u64 = 16_384;
@@ -291,6 +291,53 @@ fn after_withdrawal_everything_is_an_io_error() {
         let fs = bed.mount().await;
         let file = fs.lookup(fs.root(), b"f").await.unwrap().ino;
         assert_eq!(fs.whole(file).await, b"abc");
+        bed.unmount_and_check(fs).await;
+    });
+}
+
+/// An inode that nobody knew for a while has a past all the same: `fsync` of it is about that too.
+#[test]
+fn fsync_covers_what_was_written_before_the_inode_was_forgotten() {
+    run(12, MIB_64, |bed| async move {
+        let fs = bed.mount().await;
+        let (file, handle) = fs.file(fs.root(), "f").await;
+        fs.put(handle, 0, &pattern(1, 100_000)).await.unwrap();
+        fs.release(handle).await.unwrap();
+        fs.forget(file.ino, 1);
+        bed.sleep(8).await;
+        let found = fs.lookup(fs.root(), b"f").await.unwrap().ino;
+        let handle = fs.open(found, libc::O_RDONLY).await.unwrap().handle;
+        fs.fsync(handle, false).await.unwrap();
+        fs.withdraw("the power goes");
+        drop(fs);
+        bed.device.crash(|_| false);
+        let fs = bed.mount().await;
+        let found = fs.lookup(fs.root(), b"f").await.unwrap().ino;
+        assert_eq!(fs.whole(found).await, pattern(1, 100_000));
+        bed.unmount_and_check(fs).await;
+    });
+}
+
+#[test]
+fn a_failing_journal_ends_the_mount_and_harms_nothing() {
+    run(13, MIB_64, |bed| async move {
+        let fs = bed.mount().await;
+        let (_, handle) = fs.file(fs.root(), "f").await;
+        fs.put(handle, 0, &pattern(1, 50_000)).await.unwrap();
+        fs.fsync(handle, false).await.unwrap();
+        bed.device.inject(|request| match request {
+            Request::Write(_, _, Durability::Stable) => Fault::Errno(libc::EIO),
+            _ => Fault::None,
+        });
+        fs.put(handle, 50_000, &pattern(2, 50_000)).await.unwrap();
+        assert_eq!(errno(fs.fsync(handle, false).await), libc::EIO);
+        fs.withdrawn().await;
+        assert_eq!(errno(fs.getattr(fs.root()).await), libc::EIO);
+        drop(fs);
+        bed.device.inject_nothing();
+        let fs = bed.mount().await;
+        let found = fs.lookup(fs.root(), b"f").await.unwrap().ino;
+        assert_eq!(fs.whole(found).await[..50_000], pattern(1, 50_000));
         bed.unmount_and_check(fs).await;
     });
 }

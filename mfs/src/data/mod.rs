@@ -7,6 +7,7 @@
 mod chunks;
 mod flush;
 mod read;
+mod schedule;
 mod truncate;
 mod write;
 mod writeback;

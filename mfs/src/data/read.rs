@@ -4,11 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::Ordering::SeqCst;
 
 use dlm::Mode;
-use lcl::Guard;
 use storage_control::{AlignedBuf, BLOCK_SIZE, BlockAddr, IoFuture};
 
 use super::chunks::blocks_of;
-use crate::error::FsError;
 use crate::extent::{self, Mapping};
 use crate::filesystem::{Filesystem, Held, later};
 use crate::inode::{self, Content};
@@ -45,7 +43,7 @@ impl Filesystem {
         if len == 0 {
             return Ok(ReadBuf::new(AlignedBuf::zeroed(0), 0, 0));
         }
-        self.touch_atime(held, &held.guard);
+        self.touch_atime(held);
         let first = offset / BLOCK;
         let blocks = blocks_of(offset, len as u64);
         let mut buf = AlignedBuf::zeroed_blocks((blocks.end - blocks.start) as usize);
@@ -169,11 +167,11 @@ impl Filesystem {
     }
 
     /// `relatime`, where it costs no lock.
-    fn touch_atime(&self, held: &Held, guard: &Guard) {
+    fn touch_atime(&self, held: &Held) {
         if self.options.no_atime || self.options.read_only {
             return;
         }
-        if self.lcl.held(guard.resource()) != Mode::EX {
+        if self.lcl.held(held.guard.resource()) != Mode::EX {
             return;
         }
         let now = self.now();
@@ -193,10 +191,4 @@ enum Located {
     /// In the dinode.
     Inline(Vec<u8>),
     Blocks(Vec<Piece>),
-}
-
-/// Whether a failed access to the device means that this node is out of the filesystem: then nobody is told of
-/// lost data, since nothing is lost that a peer could see.
-pub(super) fn is_closed(fs: &Filesystem, error: &FsError) -> bool {
-    matches!(error, FsError::Closed(_)) || fs.alive().is_err()
 }
