@@ -456,10 +456,15 @@ impl Driver {
                 "the journal of node {node} could not be replayed, its locks stay locked: {why}; run matrix fsck"
             ),
         };
-        if matches!(*self.progress.borrow(), Progress::Joining(_)) {
+        let joining = matches!(*self.progress.borrow(), Progress::Joining(_));
+        if joining {
             self.report(Progress::Joining(Some(text.clone())));
         }
-        self.notice(text);
+        match notice {
+            // Over when the mount is; who mounts is told by the progress.
+            Notice::WaitingForFormer(_) | Notice::WaitingForAdm(_) | Notice::NotYet(_) if joining => {}
+            _ => self.notice(text),
+        }
     }
 }
 

@@ -57,7 +57,7 @@ pub(crate) struct MountRequest {
     pub(crate) options: MountOptions,
 }
 
-/// The daemon's process, started by [`launch`]: tells on standard output how the mount went.
+/// The daemon's process, started by [`launch()`]: tells on standard output how the mount went.
 pub(crate) fn main(request: &str) -> Result<ExitCode, Failure> {
     let request: MountRequest = serde_json::from_str(request).context("not a mount request")?;
     detach_from_caller();

@@ -46,7 +46,7 @@ struct Pool {
 }
 
 impl FuseCache {
-    /// A cache interface whose kernel side [`FuseCache::connect`] names later.
+    /// A cache interface whose kernel side is named later, when it is mounted.
     pub fn new(root: Ino) -> Self {
         let (jobs, queue) = channel::unbounded();
         Self { numbers: Numbers { root }, notifier: Arc::default(), jobs, queue, pool: Arc::default() }

@@ -3,7 +3,7 @@
 //! A decoded [`Dinode`] satisfies every rule of the format that one block can tell: its content fits its type
 //! and its area, inline data are as long as its size, trees have at least one child and at most
 //! [`MAX_DEPTH`](crate::format::index::MAX_DEPTH) levels. Functions of `dir`, `extent` and `xattr` change a `Dinode` in memory and the other
-//! blocks in the transaction; the caller ends with [`write`] in the same transaction. After an error the
+//! blocks in the transaction; the caller ends with [`write()`] in the same transaction. After an error the
 //! value in memory is worth nothing and is read again.
 
 mod codec;
