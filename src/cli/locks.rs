@@ -29,7 +29,10 @@ pub(super) struct LocksArgs {
 pub(super) fn run(args: LocksArgs) -> Result<ExitCode, Failure> {
     for entry in query::mounts(args.dir.as_deref())? {
         let inode = args.path.as_deref().map(|path| inode_of(path, &entry.dir)).transpose()?;
-        let locks: Locks = query::ask(&entry, &Request::Locks { inode, waiting: args.waiting })?;
+        let mut locks: Locks = query::ask(&entry, &Request::Locks { inode, waiting: args.waiting })?;
+        for resource in locks.resources.iter_mut().filter(|_| inode.is_some()) {
+            resource.path.clone_from(&args.path);
+        }
         if args.json {
             print(&serde_json::to_string_pretty(&locks).context("locks")?);
         } else {
