@@ -39,6 +39,25 @@ fn files_of_every_size_are_read_back_after_write_back_and_remount() {
     });
 }
 
+/// Found by the reference model: the read of a hole behind small content brought back the content's old bytes.
+#[test]
+fn a_hole_behind_small_content_does_not_bring_back_old_bytes() {
+    run(4, MIB_64, |bed| async move {
+        let fs = bed.mount().await;
+        let (_, handle) = fs.file(fs.root(), "f").await;
+        fs.put(handle, 0, &pattern(1, 2161)).await.unwrap();
+        fs.fsync(handle, false).await.unwrap();
+        fs.put(handle, 0, b"!").await.unwrap();
+        fs.put(handle, 8192, b"?").await.unwrap();
+        let mut wanted = pattern(1, 2161);
+        wanted[0] = b'!';
+        wanted.resize(8192, 0);
+        wanted.push(b'?');
+        assert!(fs.get(handle, 0, 9000).await == wanted);
+        bed.unmount_and_check(fs).await;
+    });
+}
+
 #[test]
 fn holes_read_as_zeros_and_take_no_space() {
     run(2, MIB_64, |bed| async move {
