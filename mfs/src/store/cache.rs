@@ -220,9 +220,10 @@ impl Cache {
         }
     }
 
-    /// Drops the clean blocks of a lock.
-    pub(crate) fn forget(&self, owner: LockName) {
+    /// Drops the blocks of a settled lock; the address of one that is not settled, if there is such.
+    pub(crate) fn forget(&self, owner: LockName) -> Result<(), BlockAddr> {
         let blocks = self.owned(owner).lock().remove(&owner).unwrap_or_default();
+        let mut result = Ok(());
         for addr in blocks {
             let mut shard = self.shard(addr).lock();
             match shard.peek(&addr) {
@@ -230,13 +231,13 @@ impl Cache {
                     shard.pop(&addr);
                 }
                 Some(entry) if entry.owner == owner => {
-                    tracing::error!(%addr, %owner, "a block was forgotten before it was settled");
-                    debug_assert!(false, "block {addr} of {owner} is settled before it is forgotten");
+                    result = Err(addr);
                     self.own(owner, addr);
                 }
                 Some(_) | None => {}
             }
         }
+        result
     }
 
     /// Evicts the least recently used clean block if the shard is full.

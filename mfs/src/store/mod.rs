@@ -254,9 +254,14 @@ impl Store {
         Inner::settle(self.inner(), owner).await
     }
 
-    /// Drops the cached blocks of a settled lock.
+    /// Drops the cached blocks of a settled lock. A block that is not settled would outlive the lock, and overwrite
+    /// what others write under it: the store stops.
     pub fn forget(&self, owner: LockName) {
-        self.inner().cache.forget(owner);
+        if let Err(addr) = self.inner().cache.forget(owner) {
+            debug_assert!(false, "block {addr} of {owner} is settled before it is forgotten");
+            let why = format!("block {addr} of {owner} was to be forgotten before it was settled");
+            self.inner().fail(FsError::Io(Arc::new(std::io::Error::other(why))));
+        }
     }
 
     /// Commits, puts everything in place, flushes and moves the tail.
