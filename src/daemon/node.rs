@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lcl::Lcl;
-use mfs::filesystem::{Filesystem, Options, Parts};
+use mfs::filesystem::{Filesystem, GatherTails, Options, Parts};
 use mfs::format::superblock::Superblock;
 use mfs::fuse::{self, FuseCache, Mounted};
 use mfs::ops::Ino;
@@ -29,6 +29,11 @@ use crate::runtime::RealRuntime;
 
 /// How often the least journal tail of all nodes is looked at, for the reuse of freed metadata.
 const TAILS_EVERY: Duration = Duration::from_secs(1);
+/// How long a nearly full filesystem waits for the others' journals, how often it looks, and how long it then does
+/// without.
+const GATHER_WITHIN: Duration = Duration::from_secs(3);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+const GATHER_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// How long a node whose mount failed tries to leave in order.
 const LEAVE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -228,6 +233,7 @@ async fn serve(
     };
     let fs = Filesystem::mount(parts, options).await.context(&name)?;
     hooks.fs.send_replace(Some(Arc::clone(&fs)));
+    fs.set_gather_tails(gather_tails(Arc::downgrade(&fs), Arc::clone(&cluster)));
     tokio::spawn(follow_tails(Arc::downgrade(&fs), cluster));
     let mounted = match mount_kernel(request, &fs, &cache, runtime) {
         Ok(mounted) => Arc::new(mounted),
@@ -285,6 +291,33 @@ async fn follow_tails(fs: std::sync::Weak<Filesystem>, cluster: Arc<Cluster>) {
         let Some(fs) = fs.upgrade() else { return };
         fs.store().set_peer_tail(cluster.least_journal_tail());
     }
+}
+
+/// How a nearly full filesystem waits until the others' journals have moved past what was freed: idle nodes
+/// checkpoint and tell by themselves, which takes them about two seconds. Not again right after one wait, since a
+/// full filesystem asks at every write.
+fn gather_tails(fs: std::sync::Weak<Filesystem>, cluster: Arc<Cluster>) -> GatherTails {
+    let last = Arc::new(parking_lot::Mutex::new(None::<std::time::Instant>));
+    Arc::new(move || {
+        let (fs, cluster, last) = (fs.clone(), Arc::clone(&cluster), Arc::clone(&last));
+        Box::pin(async move {
+            let Some(fs) = fs.upgrade() else { return };
+            if last.lock().is_some_and(|last| last.elapsed() < GATHER_AGAIN_AFTER) {
+                return;
+            }
+            let freed = fs.store().clock().now();
+            let end = std::time::Instant::now() + GATHER_WITHIN;
+            loop {
+                let least = cluster.least_journal_tail();
+                fs.store().set_peer_tail(least);
+                if least >= freed || std::time::Instant::now() >= end {
+                    break;
+                }
+                fs.store().runtime().sleep(LOOK_EVERY).await;
+            }
+            *last.lock() = Some(std::time::Instant::now());
+        })
+    })
 }
 
 /// Logs what a mount waits for.
