@@ -178,6 +178,8 @@ impl Filesystem {
         if self.lcl.held(held.guard.resource()) != Mode::EX {
             return;
         }
+        // Refused while the lock is on its way down: nothing becomes dirty behind the last write-back under it.
+        let Some(_guard) = self.inode_lock_in_hand(&held.inode) else { return };
         let now = self.now();
         let mut state = held.inode.data.lock();
         let atime = state.pending.atime.unwrap_or(held.dinode.atime);

@@ -12,7 +12,7 @@ use storage_control::Instant;
 use tokio::sync::Semaphore;
 
 use super::writeback::HowFar;
-use super::{AGE_CHECK, WRITE_BACK_AFTER};
+use super::{AGE_CHECK, WRITE_BACK_AFTER, WriteSeq};
 use crate::filesystem::Filesystem;
 use crate::inode_table::Inode;
 use crate::lock_name::LockName;
@@ -81,7 +81,7 @@ impl Filesystem {
         .await
     }
 
-    fn inode_lock_in_hand(&self, inode: &Inode) -> Option<Guard> {
+    pub(super) fn inode_lock_in_hand(&self, inode: &Inode) -> Option<Guard> {
         let name = LockName::Inode(inode.ino.0).resource(&self.geometry);
         self.lcl.try_cached(name, Mode::EX, Scope::Server)
     }
@@ -106,15 +106,15 @@ impl Filesystem {
         if !inode.data.lock().is_dirty() {
             return Ok(());
         }
-        let _guard = self.lock_for_write_back(inode).await?;
-        self.write_back(inode, HowFar::All).await
+        self.write_back_under_lock(inode, HowFar::All).await
     }
 
-    /// The lock that keeps the data here, or, if it is going, shared again when it is gone and with it the data.
-    async fn lock_for_write_back(&self, inode: &Inode) -> Result<Guard> {
+    /// Writes back if the exclusive lock is here. If it is not, or is going, whoever has what was written makes it
+    /// stable before the shared lock comes.
+    async fn write_back_under_lock(&self, inode: &Arc<Inode>, what: HowFar) -> Result<()> {
         match self.inode_lock_in_hand(inode) {
-            Some(guard) => Ok(guard),
-            None => self.lock(LockName::Inode(inode.ino.0), Mode::PR, Scope::Server).await,
+            Some(_guard) => self.write_back(inode, what).await,
+            None => self.lock(LockName::Inode(inode.ino.0), Mode::PR, Scope::Server).await.map(drop),
         }
     }
 
@@ -124,12 +124,9 @@ impl Filesystem {
         self.flush_data_of(inode).await
     }
 
-    /// `fsync`: returns when all that was written before is stable, or with the error of an earlier write-back.
+    /// `fsync`: returns when all that was written before, on any node, is stable, or with the error of an earlier write-back.
     pub(crate) async fn make_stable(&self, inode: &Arc<Inode>, data_only: bool) -> Result<()> {
-        if inode.data.lock().is_dirty() {
-            let _guard = self.lock_for_write_back(inode).await?;
-            self.write_back(inode, if data_only { HowFar::Data } else { HowFar::All }).await?;
-        }
+        self.write_back_under_lock(inode, if data_only { HowFar::Data } else { HowFar::All }).await?;
         let (last_txn, error) = {
             let mut state = inode.data.lock();
             (state.last_txn, state.error.take())
@@ -167,10 +164,20 @@ impl Filesystem {
     async fn flush_data_of(&self, inode: &Inode) -> Result<()> {
         let last_write = inode.data.lock().last_write;
         if let Some(seq) = last_write {
-            self.data.flush.upto(seq).await?;
+            self.flush_upto(seq).await?;
             inode.data.lock().flushed(seq);
         }
         Ok(())
+    }
+
+    /// Makes data writes stable. After a flush that failed nobody knows what the device has: a later one would report
+    /// stable what may be lost. This node withdraws.
+    pub(super) async fn flush_upto(&self, seq: WriteSeq) -> Result<()> {
+        let result = self.data.flush.upto(seq).await;
+        if let Err(error) = &result {
+            self.withdraw(&format!("the device could not be flushed: {error}"));
+        }
+        result
     }
 
     /// Makes an inode's changes stable. If none is known, the last may have been before it was forgotten.
