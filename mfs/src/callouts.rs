@@ -61,7 +61,9 @@ fn name(res: &Resource) -> Option<LockName> {
     LockName::from_resource(res)
 }
 
-fn refused(error: FsError) -> CalloutError {
+/// A lock that cannot be given up is kept for good: this node withdraws, so that the others get it by recovery.
+fn refused(fs: &Filesystem, error: FsError) -> CalloutError {
+    fs.withdraw(&format!("what a lock protects could not be made stable: {error}"));
     CalloutError(error.to_string())
 }
 
@@ -95,10 +97,10 @@ impl Callouts for InodeCallouts {
             let inode = fs.table.get(Ino(number));
             if held > Mode::PR {
                 if let Some(inode) = &inode {
-                    fs.write_back_for_release(inode).await.map_err(refused)?;
+                    fs.write_back_for_release(inode).await.map_err(|e| refused(&fs, e))?;
                 }
-                fs.store.settle(owner).await.map_err(refused)?;
-                settle_new_owner(&fs, Ino(number)).await.map_err(refused)?;
+                fs.store.settle(owner).await.map_err(|e| refused(&fs, e))?;
+                settle_new_owner(&fs, Ino(number)).await.map_err(|e| refused(&fs, e))?;
             }
             if let Some(inode) = &inode {
                 if kernel_must_forget(inode, held, keep) {
@@ -152,7 +154,7 @@ impl Callouts for MetadataCallouts {
         Box::pin(async move {
             let (Some(fs), Some(owner)) = (fs.upgrade(), name(&res)) else { return Ok(()) };
             if held > Mode::PR {
-                fs.store.settle(owner).await.map_err(refused)?;
+                fs.store.settle(owner).await.map_err(|e| refused(&fs, e))?;
             }
             if keep < Mode::PR {
                 fs.store.forget(owner);

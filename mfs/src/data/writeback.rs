@@ -168,7 +168,7 @@ impl Filesystem {
         if let Some(seq) = written
             && !only_times
         {
-            self.data.flush.upto(seq).await?;
+            self.flush_upto(seq).await?;
         }
         let new: Vec<Extent> = layout.iter().filter(|p| p.new).map(|p| p.extent).collect();
         self.log(inode, new, space, size, if more { Pending::default() } else { pending }).await?;

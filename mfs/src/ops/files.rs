@@ -104,7 +104,7 @@ impl Filesystem {
         let sync = write.sync;
         let written = self.write_file(&file, write).await?;
         if sync {
-            self.make_stable(&file.inode, true).await?;
+            self.make_stable(&file.inode, false).await?;
         }
         Ok(written)
     }
