@@ -22,7 +22,7 @@ use super::options::FenceMethod;
 use super::patient::PatientDevice;
 use super::wire::ClusterWire;
 use super::{MountRequest, status};
-use crate::cluster::{self, Cluster, Config, FenceChoice, Progress, Storage};
+use crate::cluster::{self, Cluster, ClusterHooks, Config, FenceChoice, Progress, Storage};
 use crate::control::report::{Locks, Status};
 use crate::failure::{Context, Failure};
 use crate::runtime::RealRuntime;
@@ -99,6 +99,7 @@ impl Node {
         };
         let member = join(request, storage, &runtime, tell.clone()).await.context(&name)?;
         let (lcl, cluster) = (member.lcl.clone(), Arc::clone(&member.cluster));
+        let (hooks, journal) = (Arc::clone(&member.hooks), member.journal);
         match serve(request, &label, &gate, &runtime, member, tell).await {
             Ok((fs, mounted, root)) => Ok(Node {
                 request: request.clone(),
@@ -113,8 +114,11 @@ impl Node {
                 mounted,
             }),
             Err(failure) => {
-                // Nothing was changed: the others need not recover this node.
-                let _ = tokio::time::timeout(LEAVE_WITHIN, cluster.leave()).await;
+                // The journal may have been taken into use: it is emptied, or the others recover it.
+                match hooks.replay(journal).await {
+                    Ok(()) => drop(tokio::time::timeout(LEAVE_WITHIN, cluster.leave()).await),
+                    Err(why) => gate.close(CloseReason::Withdrawn(why)),
+                }
                 Err(failure)
             }
         }
@@ -238,7 +242,9 @@ async fn serve(
     let mounted = match mount_kernel(request, &fs, &cache, runtime) {
         Ok(mounted) => Arc::new(mounted),
         Err(failure) => {
-            fs.unmount().await.context(&name)?;
+            if let Err(error) = fs.unmount().await {
+                fs.withdraw(&format!("unmounting after a failed mount: {error}"));
+            }
             return Err(failure);
         }
     };
