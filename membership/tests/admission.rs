@@ -360,6 +360,75 @@ fn a_connection_that_broke_and_came_back_brings_a_new_view() {
     assert!(story.register.1.generation > before && story.is_member(&member));
 }
 
+/// The same between two members that are not the ADM: it learns of it from them.
+#[test]
+fn a_member_tells_the_adm_what_connection_broke_until_a_new_view_is_there() {
+    let mut story = Story::formed(3);
+    for member in [applicant(1, 1), applicant(2, 1)] {
+        story.connect(&member);
+        story.ask(&member, |_| ());
+    }
+    let told = |story: &Story, adm: u16, of: Generation| {
+        let wanted = Message::Lost { generation: of };
+        let asks = |o: &&Output| matches!(o, Output::Send { to, message } if *to == NodeId(adm) && *message == wanted);
+        story.outputs.iter().filter(asks).count()
+    };
+    let breaks = |story: &mut Story| {
+        story.give(Input::Disconnected { node: NodeId(2), incarnation: Incarnation(1) });
+        story.pass(300);
+        story.outputs.clear();
+        story.give(Input::Connected { node: NodeId(2), incarnation: Incarnation(1) });
+    };
+    let renew = |story: &mut Story, adm: u16| {
+        let mut view = View::clone(&story.register.1);
+        view.generation = Generation(view.generation.0 + 1);
+        view.burnt = view.generation;
+        view.adm = NodeId(adm);
+        story.register = (story.register.0 + 1, Arc::new(view));
+        story.give(Input::RegisterMoved);
+        story.pass(300);
+        story.outputs.clear();
+    };
+    renew(&mut story, 1);
+    let generation = story.register.1.generation;
+    breaks(&mut story);
+    story.pass(3 * HEARTBEAT_MS);
+    assert!((3..=5).contains(&told(&story, 1, generation)), "{}", told(&story, 1, generation));
+    renew(&mut story, 1);
+    story.pass(3 * HEARTBEAT_MS);
+    let later = Generation(generation.0 + 1);
+    assert_eq!(told(&story, 1, generation) + told(&story, 1, later), 0);
+
+    // The next view comes while the connection is away, from another ADM: who was told before need not be there.
+    story.give(Input::Disconnected { node: NodeId(2), incarnation: Incarnation(1) });
+    renew(&mut story, 2);
+    story.give(Input::Connected { node: NodeId(2), incarnation: Incarnation(1) });
+    let later = Generation(generation.0 + 2);
+    assert_eq!((told(&story, 1, later), told(&story, 2, later)), (0, 1));
+}
+
+#[test]
+fn only_a_members_word_about_lost_messages_of_this_view_brings_a_new_one() {
+    let mut story = Story::formed(3);
+    let (member, stranger) = (applicant(1, 1), applicant(2, 1));
+    story.connect(&member);
+    story.ask(&member, |_| ());
+    story.connect(&stranger);
+    let before = story.register.1.generation;
+    let says = |story: &mut Story, who: &Applicant, generation: Generation| {
+        let message = Message::Lost { generation };
+        story.give(Input::Received { node: who.node, incarnation: who.incarnation, message });
+    };
+    says(&mut story, &stranger, before);
+    says(&mut story, &member, Generation(before.0 - 1));
+    assert_eq!(story.register.1.generation, before);
+    says(&mut story, &member, before);
+    assert!(story.register.1.generation > before && story.is_member(&member));
+    let after = story.register.1.generation;
+    says(&mut story, &member, before);
+    assert_eq!(story.register.1.generation, after, "one view for both ends of the connection");
+}
+
 #[test]
 fn a_member_that_finds_itself_excluded_stops_for_good() {
     let mut story = Story::formed(2);

@@ -21,6 +21,14 @@ fn live(nodes: u16, proofs: bool, slow_fences: bool) {
     }
 }
 
+/// All is quiet, and then the two that are not the ADM lose their connection for a moment.
+#[test]
+fn a_connection_without_the_adm_that_broke_brings_a_new_view() {
+    for seed in seeds() {
+        World::new(Scenario { seed, nodes: 3, proofs: true, slow_fences: false, trouble_secs: 0 }).run();
+    }
+}
+
 #[test]
 fn three_nodes_on_one_host_survive_any_trouble() {
     live(3, true, false);

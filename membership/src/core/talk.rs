@@ -66,9 +66,11 @@ impl Membership {
             Message::Permit { generation } => self.election.permit = Some(generation),
             Message::Undo { generation } => self.election.undo = Some(generation),
             Message::Lost { generation } => {
-                let current = self.view().map(|view| view.generation);
-                if current == Some(generation) {
-                    self.lost = current;
+                // Only a member's word counts; what was lost in an earlier view, this one has repaired.
+                let counts =
+                    |view: &Arc<View>| view.is_member(node, incarnation) && view.generation == generation;
+                if self.view().is_some_and(counts) {
+                    self.lost = Some(generation);
                 }
             }
         }
@@ -124,6 +126,9 @@ impl Membership {
             && !self.replays.values().any(|w| *w == Work::UnderWay)
         {
             reports.push(Message::Leave);
+        }
+        if self.lost == Some(view.generation) {
+            reports.push(Message::Lost { generation: view.generation });
         }
         if !reports.is_empty() {
             self.next_ask = self.now + ms(HEARTBEAT_MS);

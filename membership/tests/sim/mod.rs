@@ -56,15 +56,39 @@ enum Event {
     Peek(Who),
     Dial(Who),
     Give(Who, Input),
-    CasLands { by: Who, expected: u64, view: Arc<View>, lost: bool },
+    CasLands {
+        by: Who,
+        expected: u64,
+        view: Arc<View>,
+        lost: bool,
+    },
     ReadLands(Who),
-    Deliver { from: Who, to: Who, link: u64, message: Message },
-    FencePoll { by: Who, victim: Who, seen: Option<(Incarnation, u64)>, since: u64 },
-    ReplayEnds { by: Who, victim: Who },
-    LinkTimeout { a: Who, b: Who, link: u64 },
+    Deliver {
+        from: Who,
+        to: Who,
+        link: u64,
+        message: Message,
+    },
+    FencePoll {
+        by: Who,
+        victim: Who,
+        seen: Option<(Incarnation, u64)>,
+        since: u64,
+    },
+    ReplayEnds {
+        by: Who,
+        victim: Who,
+    },
+    LinkTimeout {
+        a: Who,
+        b: Who,
+        link: u64,
+    },
     Resume(NodeId),
     Restart(NodeId),
     Trouble,
+    /// A connection between two members that are not the ADM breaks, and nothing else happens.
+    Break,
 }
 
 struct Node {
@@ -103,6 +127,8 @@ pub(crate) struct World {
     /// Who has asked to leave.
     leaving: BTreeSet<Who>,
     left: BTreeSet<Who>,
+    /// The latest generation of whose messages some may have been lost.
+    lost_in: u64,
     trouble_until: u64,
     trace: Vec<String>,
 }
@@ -131,6 +157,7 @@ impl World {
             recovered: BTreeSet::new(),
             leaving: BTreeSet::new(),
             left: BTreeSet::new(),
+            lost_in: 0,
             trouble_until: 0,
             trace: Vec::new(),
         };
@@ -140,6 +167,7 @@ impl World {
             world.after(delay, Event::Restart(NodeId(n)));
         }
         world.after(8_000 * MS, Event::Trouble);
+        world.after((scenario.trouble_secs + 60) * 1_000 * MS, Event::Break);
         world
     }
 
@@ -264,6 +292,7 @@ impl World {
             }
             Event::Restart(node) => self.restart(node),
             Event::Trouble => self.trouble(),
+            Event::Break => self.break_link(),
         }
     }
 
@@ -386,8 +415,24 @@ impl World {
         for (one, other) in [(a, b), (b, a)] {
             let (Some(one), Some(other)) = (self.nodes.get(&one), self.nodes.get(&other)) else { continue };
             let (who, (node, incarnation)) = (one.who, other.who);
+            if let Some(view) = one.installed.as_ref().filter(|view| view.is_member(node, incarnation)) {
+                self.lost_in = self.lost_in.max(view.generation.0);
+            }
             let delay = self.random.below(5) * MS;
             self.after(delay, Event::Give(who, Input::Disconnected { node, incarnation }));
+        }
+    }
+
+    /// Breaks one connection between members that are not the ADM, if there is one: it can be made anew at once.
+    fn break_link(&mut self) {
+        let view = Arc::clone(&self.register.1);
+        let plain = |node: &NodeId| *node != view.adm && view.member(*node).is_some();
+        let links: Vec<(NodeId, NodeId)> =
+            self.links.keys().copied().filter(|(a, b)| plain(a) && plain(b)).collect();
+        if !links.is_empty() {
+            let (a, b) = links[self.random.below(links.len() as u64) as usize];
+            self.note(format!("the connection between {a} and {b} breaks"));
+            self.disconnect(a, b);
         }
     }
 
@@ -682,7 +727,7 @@ impl World {
         let next = 200 + self.random.below(6_000);
         self.after(next * MS, Event::Trouble);
         let id = NodeId(self.random.below(u64::from(self.scenario.nodes)) as u16);
-        match self.random.below(9) {
+        match self.random.below(11) {
             0 | 1 => {
                 self.kill(id);
                 let delay = self.random.below(9_000) * MS;
@@ -734,7 +779,8 @@ impl World {
                 self.note(String::from("the network heals"));
                 self.blocked.clear();
             }
-            7 => {
+            7 | 8 => self.break_link(),
+            9 => {
                 if self.random.chance(50) {
                     self.note(format!("the disk is away from {id}"));
                     self.disk_blocked.insert(id);
@@ -766,6 +812,10 @@ impl World {
         });
         if !all || !view.recoveries.is_empty() || view.candidate.is_some() {
             self.fail("no progress after the trouble");
+        }
+        // Every view repairs what was lost before it; so a view must have followed each loss.
+        if view.generation.0 <= self.lost_in {
+            self.fail("messages were lost and no new view followed");
         }
     }
 }
