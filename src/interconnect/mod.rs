@@ -5,6 +5,8 @@
 //!   and only under its own name and incarnation.
 //! - Frames to a peer arrive in order or the connection is lost; what is lost is lost together with it, and the
 //!   handler is told. Frames for a member that is not connected wait for its next connection, in order.
+//! - Of the lock messages made under one generation, a peer gets a beginning or all, over one connection: where it ended
+//!   between them, the rest does not follow on the next. Frames of an earlier connection come before it or not at all.
 //! - Everything a peer can make us keep is bounded: frames, queues, handshakes under way.
 //!
 //! One thread with a tokio runtime of its own drives all of it; the handler is called in that thread and must not
@@ -19,6 +21,7 @@ mod tests;
 mod tls;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -128,6 +131,16 @@ struct State {
     queues: BTreeMap<Who, Arc<Queue>>,
     links: BTreeMap<NodeId, Link>,
     next_link: u64,
+    /// One entry per node that lock messages were sent to.
+    dlm_sent: BTreeMap<NodeId, DlmSent>,
+}
+
+/// The lock messages to one incarnation of a node.
+struct DlmSent {
+    to: Incarnation,
+    latest: Generation,
+    /// Those made under this generation, or before it, no longer go: some were given to a connection that has ended.
+    over: Option<Generation>,
 }
 
 /// The current connection to a node.
@@ -214,20 +227,23 @@ impl Interconnect {
     }
 
     /// Sends a frame made under this generation: to a connected node at once, to a member that is not connected when it
-    /// is. False: there is no such peer, or too much waits for it; its loss is or will be told.
+    /// is. False: there is no such peer, too much waits for it, or lock messages of this generation were given to a
+    /// connection that has ended; that is or will be told, and a new view follows.
     pub(crate) fn send(&self, to: NodeId, channel: Channel, generation: Generation, payload: &[u8]) -> bool {
         assert!(payload.len() <= MAX_PAYLOAD_BYTES, "no message of ours is longer than a frame may be");
         let shared = &*self.shared;
         let queue = {
-            let state = shared.state.lock();
+            let mut state = shared.state.lock();
             let linked = state.links.get(&to).map(|link| link.who);
             let waited = state.peers.get(&to).map(|peer| peer.who);
             // Membership says everything again; old news must not wait for a connection.
             let who = if channel == Channel::Membership { linked } else { waited.or(linked) };
-            match who.and_then(|who| state.queues.get(&who)) {
-                Some(queue) => Arc::clone(queue),
-                None => return false,
+            let Some(who) = who.filter(|who| state.queues.contains_key(who)) else { return false };
+            // Noted before it is pushed: the connection may end in between.
+            if channel == Channel::Dlm && !state.note_dlm(who, generation) {
+                return false;
             }
+            Arc::clone(&state.queues[&who])
         };
         let header = Header {
             channel,
@@ -412,10 +428,13 @@ async fn run<S: AsyncRead + AsyncWrite>(
     tracing::info!(node = %who.0, incarnation = %who.1, "connected");
     shared.handler.connected(who);
     let (reading, writing) = tokio::io::split(stream);
+    // The close first: once another connection is the current one, nothing more is read here, not even what is buffered.
+    // All run in one thread, so it cannot become current while this reads.
     let loss = tokio::select! {
+        biased;
+        reason = closed_here(&mut ended) => Loss::Closed(reason),
         loss = link::read_frames(shared, who, reading) => loss,
         loss = link::write_frames(shared, &queue, writing) => loss,
-        reason = closed_here(&mut ended) => Loss::Closed(reason),
     };
     if !shared.leave(who, number) {
         return; // replaced: the handler was told then
@@ -479,10 +498,31 @@ impl Shared {
 impl State {
     /// What waited belongs to the lost connection; what comes from now on waits for the next.
     fn renew_queue(&mut self, who: Who) {
+        if let Some(sent) = self.dlm_sent.get_mut(&who.0).filter(|sent| sent.to == who.1) {
+            sent.over = Some(sent.latest);
+        }
         if self.peers.get(&who.0).is_some_and(|peer| peer.who == who) {
             self.queues.insert(who, Arc::default());
         } else {
             self.queues.remove(&who);
         }
+    }
+
+    /// Whether a lock message of this generation may still go to this peer; notes that it does.
+    ///
+    /// A report is several frames, and only the last says that it is complete: it must not arrive on a new connection
+    /// after the others went with the old one.
+    fn note_dlm(&mut self, (node, incarnation): Who, generation: Generation) -> bool {
+        let new = DlmSent { to: incarnation, latest: generation, over: None };
+        let sent = match self.dlm_sent.entry(node) {
+            Entry::Occupied(entry) if entry.get().to == incarnation => entry.into_mut(),
+            Entry::Occupied(mut entry) => {
+                entry.insert(new);
+                entry.into_mut()
+            }
+            Entry::Vacant(entry) => entry.insert(new),
+        };
+        sent.latest = sent.latest.max(generation);
+        sent.over.is_none_or(|over| generation > over)
     }
 }

@@ -74,9 +74,12 @@ fn who(node: u16) -> Who {
 }
 
 fn start_in(node: u16, matrix: Uuid, blocks: &Blocks) -> Node {
+    start_with(NodeKey::generate().expect("a key"), node, matrix, blocks)
+}
+
+fn start_with(key: NodeKey, node: u16, matrix: Uuid, blocks: &Blocks) -> Node {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let addr = listener.local_addr().expect("its number");
-    let key = NodeKey::generate().expect("a key");
     let fingerprint = key.fingerprint();
     let (sender, news) = channel();
     let net = Interconnect::start(Setup {
@@ -133,6 +136,80 @@ fn frames_arrive_in_order_also_those_sent_before_the_connection() {
     assert_eq!(a.next(), News::Frame(b.who, Generation(3), b"thanks".to_vec()));
     let batches = a.net.stats().batches_sent.load(Ordering::Relaxed);
     assert!(batches <= a.net.stats().frames_sent.load(Ordering::Relaxed));
+}
+
+/// Of two parts made under one generation the second says that it was all: it must not arrive without the first.
+#[test]
+fn what_a_lost_connection_took_part_of_does_not_go_on_with_the_next() {
+    let blocks = Arc::default();
+    let (a, b) = (start(1, &blocks), start(2, &blocks));
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    assert_eq!(b.next(), News::Connected(a.who));
+    let part = |generation, text: &[u8]| a.net.send(b.who.0, Channel::Dlm, Generation(generation), text);
+    assert!(part(3, b"first part"));
+    a.net.disconnect(b.who.0, "a test");
+    assert_eq!(a.next(), News::Disconnected(b.who, Loss::Closed(String::from("a test"))));
+    assert!(!part(3, b"last part") && !part(2, b"late"));
+    assert!(part(4, b"anew"));
+    assert_eq!(a.next(), News::Connected(b.who));
+    assert!(!part(3, b"last part, later") && part(4, b"all anew"));
+    let news: Vec<News> = std::iter::from_fn(|| Some(b.next()))
+        .filter(|news| *news != News::Frame(a.who, Generation(3), b"first part".to_vec()))
+        .take(4)
+        .collect();
+    assert!(matches!(news[0], News::Disconnected(who, _) if who == a.who), "{news:?}");
+    assert_eq!(news[1], News::Connected(a.who));
+    assert_eq!(news[2], News::Frame(a.who, Generation(4), b"anew".to_vec()));
+    assert_eq!(news[3], News::Frame(a.who, Generation(4), b"all anew".to_vec()));
+}
+
+/// The first connection has much under way when the same node makes another: all that is in between is lost.
+#[test]
+fn nothing_of_a_replaced_connection_comes_after_the_new_one() {
+    let directory = std::env::temp_dir().join(format!("matrix-replaced-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    let blocks = Arc::default();
+    let a = start(1, &blocks);
+    let [b, again] = [(); 2].map(|()| {
+        let key = NodeKey::load_or_create(&directory).expect("a key");
+        start_with(key, 2, MATRIX, &blocks)
+    });
+    std::fs::remove_dir_all(&directory).expect("clean up");
+    introduce(&[&a, &b]);
+    assert_eq!(a.next(), News::Connected(b.who));
+    assert_eq!(b.next(), News::Connected(a.who));
+    b.net.set_peers(vec![Peer { dial: false, ..a.peer.clone() }]); // it would replace the other one in its turn
+    let (net, to) = (&b.net, a.who.0);
+    std::thread::scope(|scope| {
+        // Until it hears that its connection is gone.
+        scope.spawn(|| while net.send(to, Channel::Dlm, Generation(3), b"old") {});
+        std::thread::sleep(Duration::from_millis(50));
+        again.net.set_trust([(a.peer.fingerprint, a.who)].into());
+        again.net.set_peers(vec![Peer { dial: true, ..a.peer.clone() }]);
+        assert_eq!(again.next(), News::Connected(a.who));
+        assert!(again.say(&a, b"new"));
+        let old = News::Frame(b.who, Generation(3), b"old".to_vec());
+        let mut rest = std::iter::from_fn(|| Some(a.next())).skip_while(|news| *news == old);
+        let loss = Loss::Closed(String::from("replaced by a new connection"));
+        assert_eq!(rest.next(), Some(News::Disconnected(b.who, loss)));
+        assert_eq!(rest.next(), Some(News::Connected(b.who)));
+        assert_eq!(rest.next(), Some(News::Frame(b.who, Generation(3), b"new".to_vec())));
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(a.news.try_recv().is_err());
+}
+
+#[test]
+fn lock_messages_go_on_to_another_incarnation_and_where_none_was_lost() {
+    let mut state = State::default();
+    let (old, new) = (who(1), (NodeId(1), Incarnation(2)));
+    assert!(state.note_dlm(old, Generation(5)) && state.note_dlm(old, Generation(4)));
+    state.renew_queue(new); // nothing has gone there
+    assert!(state.note_dlm(old, Generation(5)));
+    state.renew_queue(old);
+    assert!(!state.note_dlm(old, Generation(5)) && state.note_dlm(old, Generation(6)));
+    assert!(state.note_dlm(new, Generation(5)), "nothing was lost on the way to this one");
 }
 
 #[test]
