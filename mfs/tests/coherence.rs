@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use mfs::ops::{Operations, RenameFlags, SetAttr};
+use parking_lot::Mutex;
 use proptest::prelude::*;
 use storage_control::{NodeId, Runtime};
 use support::cluster::{Cluster, Node};
@@ -301,5 +302,127 @@ fn a_dead_nodes_files_are_taken_over_by_the_survivors() {
             drop(dead);
             cluster.stop(nodes).await;
         });
+    }
+}
+
+const MIB: usize = 1 << 20;
+/// Files that each node keeps beside the one it writes.
+const KEPT: usize = 15;
+
+#[test]
+fn nodes_that_fill_the_filesystem_never_wait_for_each_other_forever() {
+    for seed in seeds(3) {
+        fill_and_empty(seed);
+    }
+}
+
+/// Each node writes its own files until there is no space, makes some, goes on; then it removes them all and fills
+/// the filesystem again.
+fn fill_and_empty(seed: u64) {
+    on_three_nodes(seed, move |bed, cluster, nodes| async move {
+        let ended = Arc::new(AtomicUsize::new(0));
+        let full = Arc::new(AtomicUsize::new(0));
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        for node in &nodes {
+            let fill = Fill {
+                fs: node.fs.clone(),
+                dir: nodes[0].fs.dir(nodes[0].fs.root(), &format!("own{}", node.id.0)).await,
+                runtime: bed.runtime.clone(),
+                full: full.clone(),
+            };
+            let (ended, kept) = (ended.clone(), kept.clone());
+            bed.runtime.spawn(Box::pin(async move {
+                let files = fill.rounds().await;
+                kept.lock().extend(files.into_iter().map(|(name, seed, len)| (fill.dir, name, seed, len)));
+                ended.fetch_add(1, SeqCst);
+            }));
+        }
+        for _ in 0..3600 {
+            if ended.load(SeqCst) == nodes.len() {
+                break;
+            }
+            bed.sleep(1).await;
+        }
+        assert_eq!(ended.load(SeqCst), nodes.len(), "seed {seed}: the others hang");
+        assert!(full.load(SeqCst) > 0, "the filesystem was never full");
+        let kept = std::mem::take(&mut *kept.lock());
+        assert!(!kept.is_empty(), "nothing was ever synced");
+        for (dir, name, seed, len) in kept {
+            for node in &nodes {
+                let file = node.fs.lookup(dir, name.as_bytes()).await.unwrap();
+                assert!(node.fs.whole(file.ino).await == pattern(seed, len), "file {name}");
+            }
+        }
+        cluster.stop(nodes).await;
+    });
+}
+
+struct Fill {
+    fs: Arc<mfs::Filesystem>,
+    dir: mfs::ops::Ino,
+    runtime: storage_control::SimRuntime,
+    full: Arc<AtomicUsize>,
+}
+
+impl Fill {
+    /// What is left in the end: names of files that were synced, with the seed of their pattern and their length.
+    async fn rounds(&self) -> Vec<(String, u64, usize)> {
+        let mut synced = Vec::new();
+        for round in 0..2 {
+            let mut names = std::collections::VecDeque::new();
+            synced.clear();
+            for turn in 0..40 {
+                let name = format!("{round}-{turn}");
+                let len = (1 + self.runtime.random() as usize % 5) * MIB;
+                match self.fill(&name, turn, len).await {
+                    Ok(true) => synced.push((name.clone(), turn, len)),
+                    Ok(false) => {}
+                    Err(error) => {
+                        assert_eq!(error.errno(), libc::ENOSPC);
+                        self.full.fetch_add(1, SeqCst);
+                    }
+                }
+                names.push_back(name);
+                while names.len() > KEPT {
+                    let old = names.pop_front().unwrap();
+                    self.remove(&old).await;
+                    synced.retain(|(name, ..)| *name != old);
+                }
+            }
+            if round == 0 {
+                for name in names {
+                    self.remove(&name).await;
+                }
+            }
+        }
+        synced
+    }
+
+    /// Writes a file; whether it was synced.
+    async fn fill(&self, name: &str, turn: u64, len: usize) -> Result<bool, mfs::FsError> {
+        let flags = libc::O_RDWR | libc::O_EXCL;
+        let (_, opened) = self.fs.create(ME, self.dir, name.as_bytes(), 0o644, flags).await?;
+        let (handle, data) = (opened.handle, pattern(turn, len));
+        let mut result = Ok(false);
+        for (i, piece) in data.chunks(MIB / 4).enumerate() {
+            if let Err(error) = self.fs.put(handle, (i * MIB / 4) as u64, piece).await {
+                result = Err(error);
+                break;
+            }
+            self.runtime.sleep(Duration::from_micros(self.runtime.random() % 20_000)).await;
+        }
+        if result.is_ok() && turn.is_multiple_of(3) {
+            result = self.fs.fsync(handle, false).await.map(|()| true);
+        }
+        self.fs.release(handle).await.unwrap();
+        result
+    }
+
+    async fn remove(&self, name: &str) {
+        match self.fs.unlink(self.dir, name.as_bytes()).await {
+            Ok(()) => {}
+            // It was not even made.
+            Err(error) => assert!([libc::ENOENT, libc::ENOSPC].contains(&error.errno()), "{error}"),
+        }
     }
 }

@@ -7,7 +7,8 @@
 //!   as data only when every journal has moved past them.
 //! - Promised blocks are never picked by anybody else as long as their groups stay; before a group with promised
 //!   blocks goes, the promises are consumed.
-//! - At most one group lock is waited for at a time, and only by who holds none; others are taken by try.
+//! - At most one group lock is waited for at a time, and only by who holds none and keeps none from going; others
+//!   are taken by try.
 
 mod bits;
 mod callouts;
@@ -54,8 +55,8 @@ pub struct Run {
 /// The data layer, as the allocator needs it.
 pub trait Consumer: Send + Sync {
     /// A group whose free blocks back promises is about to go: write back dirty data, so that promises are
-    /// consumed (the group can still be used meanwhile) or given up. Must not wait for anything that a local
-    /// operation holds while it waits for a group.
+    /// consumed (the group can still be used meanwhile: `Want::no_wait`) or given up. Must not wait for a group,
+    /// whose holder may wait for this one, nor for anything that a local operation holds while it waits for a group.
     fn consume_promises(&self, group: u32) -> BoxFuture<()>;
 
     /// Space is short: ask every node to checkpoint, and return when their tails are known
@@ -120,6 +121,25 @@ impl State {
     fn insert(&mut self, group: u32, mirror: Mirror) {
         self.available += u64::from(mirror.available());
         self.groups.insert(group, Held::Here { mirror: Box::new(mirror), leaving: false });
+    }
+
+    /// Groups whose locks are about to go.
+    fn going(&self) -> Vec<u32> {
+        let going = |held: &Held| matches!(held, Held::Here { leaving: true, .. });
+        let mut groups: Vec<u32> =
+            self.groups.iter().filter(|(_, held)| going(held)).map(|(group, _)| *group).collect();
+        groups.sort_unstable();
+        groups
+    }
+
+    /// Blocks of a group for who draws on a promise of `backed` blocks before groups go, and has `picked` already.
+    /// Where more is promised than there is, whoever comes first uses up the group that goes.
+    fn budget_at_once(&self, group: u32, backed: u64, picked: u64) -> u64 {
+        let going = self.going();
+        let there = |&group: &u32| self.mirror(group).map_or(0, |mirror| u64::from(mirror.available()));
+        let available = self.available + going.iter().map(there).sum::<u64>();
+        let budget = available.saturating_sub(self.promised.saturating_sub(backed));
+        if going.contains(&group) { budget.max(backed.saturating_sub(picked)) } else { budget }
     }
 
     /// The group's blocks back no promises any more.

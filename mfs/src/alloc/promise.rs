@@ -23,6 +23,12 @@ impl Promise {
         self.blocks += std::mem::take(&mut other.blocks);
     }
 
+    /// For blocks that are about to be given back.
+    pub(super) fn again(alloc: &Alloc, blocks: u64) -> Promise {
+        alloc.0.state.lock().promised += blocks;
+        Promise { alloc: alloc.clone(), blocks }
+    }
+
     /// Splits off at most `blocks`.
     pub fn split(&mut self, blocks: u64) -> Promise {
         let blocks = blocks.min(self.blocks);
@@ -87,9 +93,9 @@ impl Alloc {
 
     /// Picks blocks that were promised; what was picked is taken off the promise.
     pub async fn reserve_promised(&self, promise: &mut Promise, want: Want) -> Result<Reservation, FsError> {
-        let res = self.reserve_backed(want, promise.blocks).await?;
-        let picked = u64::from(want.meta) + u64::from(want.data);
-        drop(promise.split(picked));
+        let mut res = self.reserve_backed(want, promise.blocks).await?;
+        let drawn = promise.split(u64::from(want.meta) + u64::from(want.data));
+        res.drawn = drawn.blocks();
         Ok(res)
     }
 }

@@ -3,7 +3,7 @@
 use lcl::Guard;
 use storage_control::BlockAddr;
 
-use super::{Alloc, How, Run, bitmap_addr, mirror::PickedMeta};
+use super::{Alloc, How, Promise, Run, bitmap_addr, mirror::PickedMeta};
 use crate::{
     FsError, LockName,
     format::{
@@ -32,6 +32,9 @@ pub struct Want {
     pub contiguous_hint: u32,
     /// Work that will free space: may use what each group keeps back.
     pub urgent: bool,
+    /// For who keeps a group from going, as the purge callout does: nobody is waited for, `NoSpace` may mean that
+    /// waiting would have helped, and groups that are going are drawn on, first of all.
+    pub no_wait: bool,
 }
 
 /// What was picked in one group, and its lock.
@@ -50,11 +53,20 @@ pub struct Reservation {
     metas: Vec<BlockAddr>,
     runs: Vec<Run>,
     want: Want,
+    /// Blocks taken off a promise.
+    pub(super) drawn: u64,
 }
 
 impl Reservation {
     fn empty(alloc: &Alloc, want: Want) -> Reservation {
-        Reservation { alloc: alloc.clone(), parts: Vec::new(), metas: Vec::new(), runs: Vec::new(), want }
+        Reservation {
+            alloc: alloc.clone(),
+            parts: Vec::new(),
+            metas: Vec::new(),
+            runs: Vec::new(),
+            want,
+            drawn: 0,
+        }
     }
 
     /// The next picked metadata block.
@@ -93,12 +105,22 @@ impl Reservation {
         credits
     }
 
+    /// Gives everything back; what was taken off a promise is promised again.
+    pub fn promise_again(self) -> Promise {
+        // First the promise, then the blocks: nobody gets in between.
+        Promise::again(&self.alloc, self.drawn)
+    }
+
     fn metas_missing(&self) -> u32 {
         self.want.meta - self.metas.len() as u32
     }
 
     fn data_missing(&self) -> u32 {
         self.want.data - self.runs.iter().map(|run| run.len).sum::<u32>()
+    }
+
+    fn picked(&self) -> u64 {
+        self.metas.len() as u64 + self.runs.iter().map(|run| u64::from(run.len)).sum::<u64>()
     }
 
     fn is_complete(&self) -> bool {
@@ -127,13 +149,16 @@ impl std::fmt::Debug for Reservation {
 impl Alloc {
     /// Picks blocks, in this order: the wished group, groups held already, groups this node masters, others by try;
     /// when space is short after forcing out what is freed, by waiting. No transaction handle may be open, and the
-    /// caller has no other reservation and no `FreeGuard`: it may wait for a group.
+    /// caller has no other reservation and no `FreeGuard`: it may wait for a group, unless it wants `no_wait`.
     pub async fn reserve(&self, want: Want) -> Result<Reservation, FsError> {
         self.reserve_backed(want, 0).await
     }
 
     /// The same with that many blocks of the caller's own promises to draw on.
     pub(super) async fn reserve_backed(&self, want: Want, backed: u64) -> Result<Reservation, FsError> {
+        if want.no_wait {
+            return self.reserve_at_once(want, backed).await;
+        }
         let mut res = Reservation::empty(self, want);
         let geometry = *self.0.store.geometry();
         let home = self.0.state.lock().home;
@@ -167,6 +192,24 @@ impl Alloc {
         }
         drop(res);
         self.reserve_forced(want, backed).await
+    }
+
+    /// Waits for no group and forces nothing. What is going is used up before what stays: only that leaves the
+    /// other promises their blocks.
+    async fn reserve_at_once(&self, want: Want, backed: u64) -> Result<Reservation, FsError> {
+        let mut res = Reservation::empty(self, want);
+        let (going, home) = {
+            let state = self.0.state.lock();
+            (state.going(), state.home)
+        };
+        if self.take_from_all(&mut res, going, How::Cached, backed).await?
+            || self.take_from_all(&mut res, self.held_groups(home), How::Cached, backed).await?
+            || self.take_from_all(&mut res, self.other_groups(true), How::Try, backed).await?
+            || self.take_from_all(&mut res, self.other_groups(false), How::Try, backed).await?
+        {
+            return Ok(res);
+        }
+        Err(FsError::NoSpace)
     }
 
     /// Space is short: everything freed is made usable, and groups are waited for.
@@ -247,8 +290,11 @@ impl Alloc {
         {
             let mut state = self.0.state.lock();
             state.change(group, |mirror| mirror.thaw(stable));
-            let others = state.promised.saturating_sub(backed);
-            let budget = if want.urgent { u64::MAX } else { state.available.saturating_sub(others) };
+            let budget = match want {
+                Want { urgent: true, .. } => u64::MAX,
+                Want { no_wait: true, .. } => state.budget_at_once(group, backed, res.picked()),
+                _ => state.available.saturating_sub(state.promised.saturating_sub(backed)),
+            };
             let mut budget = u32::try_from(budget).unwrap_or(u32::MAX);
             state.change(group, |mirror| {
                 while (metas.len() as u32) < metas_missing {

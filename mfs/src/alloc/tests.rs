@@ -337,7 +337,7 @@ impl Consumer for Writes {
         let (alloc, promise) = (self.alloc.clone(), self.promise.lock().take());
         Box::pin(async move {
             let Some(mut promise) = promise else { return };
-            let want = Want { data: promise.blocks() as u32, ..Want::default() };
+            let want = Want { data: promise.blocks() as u32, no_wait: true, ..Want::default() };
             let res = alloc.reserve_promised(&mut promise, want).await.unwrap();
             let mut txn = alloc.store().begin(res.credits()).await.unwrap();
             for run in res.runs() {

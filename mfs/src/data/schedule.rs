@@ -138,8 +138,8 @@ impl Filesystem {
         self.commit_changes(last_txn).await
     }
 
-    /// Writes back what has promised space. Who calls keeps a group from going; an inode in which somebody may be
-    /// waiting for a group is left out.
+    /// Writes back what has promised space. Who calls keeps a group from going: no group is waited for, and an inode
+    /// in which somebody may be waiting for one is left out.
     pub(crate) async fn write_back_promised(&self) {
         for inode in self.table.all() {
             if inode.data.lock().promise.is_none() {
@@ -150,7 +150,7 @@ impl Filesystem {
                 continue;
             };
             loop {
-                match self.write_back_batch(&inode, HowFar::All).await {
+                match self.write_back_batch(&inode, HowFar::AtOnce).await {
                     Ok(true) => {}
                     Ok(false) => break,
                     // The end of this node's access: the lock that wanted this is kept.

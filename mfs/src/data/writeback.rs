@@ -31,6 +31,8 @@ const MAX_CREDITS: u32 = 200;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum HowFar {
     All,
+    /// All that finds space without waiting for a group; the rest stays dirty.
+    AtOnce,
     /// Times alone are not worth a transaction.
     Data,
 }
@@ -79,11 +81,19 @@ impl Filesystem {
                 inode.data.lock().chunks.give_back(&captured);
                 Err(error)
             }
+            // Nothing was written yet.
+            Err(FsError::NoSpace) if what == HowFar::AtOnce => {
+                inode.data.lock().chunks.give_back(&captured);
+                Ok(false)
+            }
             Err(error) => {
                 tracing::error!(%error, ino = inode.ino.0, "file data are lost");
                 let mut state = inode.data.lock();
                 let freed = state.chunks.lost(&captured);
                 state.error.get_or_insert(error);
+                if state.chunks.busy_blocks() == 0 {
+                    state.promise = None;
+                }
                 drop(state);
                 self.data.sub_busy(freed);
                 // Size and times are still to be written; they fail for good only with the whole store.
@@ -150,7 +160,7 @@ impl Filesystem {
     ) -> Result<Pending> {
         let runs = merged_runs(captured);
         let mut layout = self.layout(dinode, &runs).await?;
-        let space = self.allocate(inode, dinode, &mut layout).await?;
+        let space = self.allocate(inode, dinode, &mut layout, what).await?;
         let written = self.write_blocks(&layout, captured).await?;
         if let Some(seq) = written {
             inode.data.lock().last_write = Some(seq);
@@ -198,6 +208,7 @@ impl Filesystem {
         inode: &Inode,
         dinode: &Dinode,
         layout: &mut Vec<Placed>,
+        what: HowFar,
     ) -> Result<Option<Reservation>> {
         let Some(first) = layout.iter().find(|p| p.new).map(|p| p.extent.logical) else { return Ok(None) };
         let data: u32 = layout.iter().filter(|p| p.new).map(|p| p.extent.len).sum();
@@ -214,11 +225,12 @@ impl Filesystem {
             None => group_of(&self.geometry, inode.ino),
         };
         let mut meta = self.map_needs(dinode, layout).await?.meta;
+        let no_wait = what == HowFar::AtOnce;
         loop {
-            let want = Want { meta, data, near, goal, contiguous_hint: data, urgent: false };
+            let want = Want { meta, data, near, goal, contiguous_hint: data, urgent: false, no_wait };
             let space = match self.reserve_from_promise(inode, want).await {
                 // The data were promised their space; what is short is space for the map.
-                Err(FsError::NoSpace) => {
+                Err(FsError::NoSpace) if !no_wait => {
                     self.reserve_from_promise(inode, Want { urgent: true, ..want }).await?
                 }
                 space => space?,
@@ -230,9 +242,9 @@ impl Filesystem {
                 *layout = placed;
                 return Ok(Some(space));
             }
-            drop(space);
             meta = needed * 2;
-            self.promise_again(inode, data);
+            let promise = space.promise_again();
+            self.keep_promise(&mut inode.data.lock(), Some(promise), u64::MAX);
         }
     }
 
@@ -252,13 +264,6 @@ impl Filesystem {
         let result = self.alloc.reserve_promised(&mut promise, want).await;
         self.keep_promise(&mut inode.data.lock(), Some(promise), u64::MAX);
         result
-    }
-
-    /// A reservation that was given back took its blocks off the promise.
-    fn promise_again(&self, inode: &Inode, blocks: u32) {
-        if let Ok(promise) = self.alloc.promise(blocks.into()) {
-            self.keep_promise(&mut inode.data.lock(), Some(promise), u64::MAX);
-        }
     }
 
     /// Writes the blocks to their places, all at once.
