@@ -13,7 +13,16 @@ use crate::failure::{Context, Failure};
 /// The mounts meant by an optional DIR: that one, or all of this host.
 pub(super) fn mounts(dir: Option<&Path>) -> Result<Vec<Entry>, Failure> {
     let Some(dir) = dir else {
-        let all = registry::all();
+        let mut all = registry::all();
+        all.retain(|entry| {
+            // Of a daemon that died and a mount that was cleared away by other means nothing is left to tell.
+            let there = entry.run_dir().live_pid().is_some()
+                || mount_point::find(&entry.dir).is_ok_and(|mount| mount.is_some());
+            if !there {
+                registry::remove(&entry.dir, &entry.run_dir);
+            }
+            there
+        });
         if all.is_empty() {
             return Err(Failure::with_code(EXIT_NOT_MOUNTED, "nothing of matrix is mounted on this host"));
         }
