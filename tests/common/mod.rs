@@ -6,6 +6,7 @@
 
 pub mod load;
 mod namespaces;
+pub mod random;
 
 use std::fs;
 use std::io;
