@@ -9,14 +9,20 @@ use common::{Lab, Plan};
 
 /// Rounds of killing one of three; the same with fifty rounds is run by hand (MATRIX_TEST_KILLS).
 fn kills() -> usize {
-    std::env::var("MATRIX_TEST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(4)
+    common::number("MATRIX_TEST_KILLS", 4) as usize
 }
 
 #[test]
 fn survivors_go_on_when_one_node_is_killed() {
     let mut lab = Plan::nodes(3).start();
     let (mut longest, mut longest_wait) = (Duration::ZERO, Duration::ZERO);
+    let (mut untouched, mut mounting) = (Duration::ZERO, Duration::ZERO);
     for round in 0..kills() {
+        // The same load when nobody is killed, for comparison.
+        let loads: Vec<Load> = (0..3).map(|n| Load::start(lab.path(n, &format!("b{round}n{n}")))).collect();
+        loads.iter().for_each(|load| load.advance(100));
+        untouched = loads.into_iter().map(|load| load.finish().longest).fold(untouched, Duration::max);
+
         let victim = round % 3;
         let loads: Vec<Load> = (0..3).map(|n| Load::start(lab.path(n, &format!("r{round}n{n}")))).collect();
         loads.iter().for_each(|load| load.advance(50));
@@ -49,12 +55,13 @@ fn survivors_go_on_when_one_node_is_killed() {
             }
             assert_kept(&lab.path(other, &format!("r{round}n{n}")), &report.kept);
         }
+        let mount = Instant::now();
         lab.mount(victim);
+        mounting = mounting.max(mount.elapsed());
         assert_eq!(members(&lab, victim), 3, "round {round}");
     }
-    println!(
-        "longest operation of a survivor {longest:?}, longest wait for a dead node's lock {longest_wait:?}"
-    );
+    println!("longest operation without a kill {untouched:?}, of a survivor {longest:?}");
+    println!("longest wait for a dead node's lock {longest_wait:?}, longest mount after it {mounting:?}");
     lab.assert_clean();
 }
 

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::random::Random;
-use common::{Lab, Plan, check, path};
+use common::{Lab, Plan, check, number, path};
 
 const NODES: usize = 3;
 const PROGRAMS: usize = 2;
@@ -38,10 +38,6 @@ const EXPECTED: [i32; 9] = [
     libc::ELOOP,
     libc::ESTALE,
 ];
-
-fn number(variable: &str, otherwise: u64) -> u64 {
-    std::env::var(variable).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
-}
 
 /// Contents are words that name the file they were written to: a word of another file is a foreign or stale block.
 /// Every write and every size is a multiple of 8, so a word is whole or a zero of a hole.

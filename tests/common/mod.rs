@@ -280,6 +280,11 @@ pub fn succeed(output: Output) -> String {
     text(&output)
 }
 
+/// A number from the environment, by which a run is made longer or repeated.
+pub fn number(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|n| n.parse().ok()).unwrap_or(otherwise)
+}
+
 /// Everything a command printed.
 pub fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
