@@ -2,9 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use dlm::{Departed, Epoch, Fault, Message};
@@ -15,42 +13,12 @@ use mfs::ops::{Attr, Handle, Ino, Operations, Result};
 use mfs::{Filesystem, Options, Parts, journal};
 use parking_lot::Mutex;
 use storage_control::{
-    AlignedBuf, BlockAddr, BoxFuture, Clock, Device, Durability, Generation, Incarnation, IoFuture, IoSlice,
-    LamportClock, MemDevice, NodeId, Runtime, SimRuntime,
+    BoxFuture, Clock, Device, Generation, Incarnation, LamportClock, NodeId, Runtime, SimRuntime,
 };
 use tokio::sync::Notify;
 
 use super::Bed;
-
-/// A node's access to the device, which ends with its life.
-struct Access {
-    device: MemDevice,
-    dead: Arc<AtomicBool>,
-}
-
-impl Access {
-    fn alive<T: Send + 'static>(&self, request: impl FnOnce() -> IoFuture<T>) -> IoFuture<T> {
-        if self.dead.load(SeqCst) {
-            return Box::pin(std::future::ready(Err(io::Error::other("the node is dead"))));
-        }
-        request()
-    }
-}
-
-impl Device for Access {
-    fn blocks(&self) -> u64 {
-        self.device.blocks()
-    }
-    fn read(&self, at: BlockAddr, blocks: usize) -> IoFuture<AlignedBuf> {
-        self.alive(|| self.device.read(at, blocks))
-    }
-    fn write(&self, at: BlockAddr, data: Vec<IoSlice>, durability: Durability) -> IoFuture<()> {
-        self.alive(|| self.device.write(at, data, durability))
-    }
-    fn flush(&self) -> IoFuture<()> {
-        self.alive(|| self.device.flush())
-    }
-}
+use super::access::Access;
 
 /// What a kernel does with FUSE's answers: attributes until they are invalidated, pages until they are
 /// invalidated or newer attributes show that they are old.
@@ -121,8 +89,8 @@ pub struct Node {
     pub fs: Arc<Filesystem>,
     pub lcl: Lcl,
     pub kernel: Arc<Kernel>,
+    pub access: Access,
     runtime: SimRuntime,
-    dead: Arc<AtomicBool>,
 }
 
 impl Node {
@@ -248,9 +216,8 @@ impl Cluster {
         self.change(|epoch| {
             epoch.members.insert(id, incarnation);
         });
-        let dead = Arc::new(AtomicBool::new(false));
-        let device: Arc<dyn Device> =
-            Arc::new(Access { device: self.bed.device.clone(), dead: dead.clone() });
+        let access = Access::new(self.bed.device.clone(), self.bed.runtime.clone());
+        let device: Arc<dyn Device> = Arc::new(access.clone());
         let superblock = self.bed.superblock().await;
         let clock = Arc::new(LamportClock::new(Clock(1)));
         let report = journal::replay(&device, &superblock, id.0, &runtime).await.unwrap();
@@ -268,7 +235,7 @@ impl Cluster {
         };
         let fs = Filesystem::mount(parts, Options::default()).await.unwrap();
         self.net.lock().stores.insert(id, fs.store().clone());
-        Node { id, incarnation, fs, lcl, kernel, runtime: self.bed.runtime.clone(), dead }
+        Node { id, incarnation, fs, lcl, kernel, access, runtime: self.bed.runtime.clone() }
     }
 
     fn change(&self, change: impl FnOnce(&mut Epoch)) {
@@ -321,7 +288,7 @@ impl Cluster {
 
     /// A node dies: its memory is gone, and what it had not flushed too, as `keep` says.
     pub fn kill(&self, node: &Node) {
-        node.dead.store(true, SeqCst);
+        node.access.cut();
         node.fs.withdraw("killed");
         {
             let mut net = self.net.lock();

@@ -1,6 +1,7 @@
 //! A filesystem on a device in memory, in a simulated world: one thread, one seed.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 
+pub mod access;
 pub mod cluster;
 pub mod model;
 
