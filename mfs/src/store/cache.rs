@@ -261,6 +261,13 @@ impl Cache {
         }
     }
 
+    /// Runs `work` while the block can be neither looked at nor marked.
+    #[cfg(test)]
+    pub(super) fn while_held<R>(&self, addr: BlockAddr, work: impl FnOnce() -> R) -> R {
+        let _shard = self.shard(addr).lock();
+        work()
+    }
+
     /// How many blocks are cached.
     pub(crate) fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().len()).sum()

@@ -1,6 +1,6 @@
 //! Real threads: what the one thread of a simulation cannot show.
 
-use storage_control::{TestRuntime, block_on};
+use storage_control::{Request, TestRuntime, block_on, mem_device::Fault};
 
 use super::*;
 use crate::testing::{BLOCKS, Random, formatted, options};
@@ -10,6 +10,45 @@ fn opened() -> (MemDevice, Superblock, Store) {
     let (on, runtime) = (Arc::new(device.clone()), Arc::new(TestRuntime::new()));
     let store = block_on(Store::open(on, sb.clone(), 0, Arc::default(), runtime)).unwrap();
     (device, sb, store)
+}
+
+/// Found by random operations on three real mounts: a block left the list of pending ones, and only then was it
+/// marked as in place. Who settled its lock in between found nothing pending and forgot a block that still counted
+/// as dirty. It stayed in the cache, outlived the lock, and overwrote the dinode that another node had written.
+#[test]
+fn a_block_is_marked_in_place_before_its_lock_can_be_found_settled() {
+    let (device, sb, store) = opened();
+    block_on(put(&store, &sb, &[1], 7, true));
+    device.inject(|request| match request {
+        Request::Write(_, _, Durability::Cached) => Fault::Hold,
+        Request::Write(_, _, Durability::Stable) | Request::Read(..) | Request::Flush => Fault::None,
+    });
+    std::thread::scope(|scope| {
+        let settling = scope.spawn(|| block_on(store.settle(owner(1))));
+        while device.held() == 0 {
+            std::thread::yield_now();
+        }
+        let inner = store.inner();
+        inner.cache.while_held(place(&sb, 1), || {
+            device.release_held();
+            // It lands, and cannot be marked. Whoever is about to do so keeps the list to himself.
+            let mut kept = 0;
+            while kept < 1000 {
+                match inner.pending.try_lock() {
+                    Some(pending) => {
+                        assert!(pending.len() > 0, "nothing is pending, and the block counts as dirty");
+                        kept = 0;
+                    }
+                    None => kept += 1,
+                }
+                std::thread::yield_now();
+            }
+        });
+        settling.join().unwrap().unwrap();
+    });
+    store.forget(owner(1));
+    assert!(store.failed().is_none());
+    assert!(store.cached(place(&sb, 1)).is_none());
 }
 
 /// Every wake-up arrives, and the journal wraps while blocks are settled.
