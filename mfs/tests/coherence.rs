@@ -14,18 +14,13 @@ use support::cluster::{Cluster, Node};
 use support::model::{Model, Op, op};
 use tokio::sync::Semaphore;
 
-use support::{Bed, ME, Short, errno, pattern, run_with_journals};
-
-const BLOCKS: u64 = 2 * 16_384;
+use support::{Bed, ME, Short, errno, on_nodes, pattern};
 
 fn on_three_nodes<F: Future<Output = ()> + Send + 'static>(
     seed: u64,
     test: impl FnOnce(Bed, Cluster, Vec<Node>) -> F + Send + 'static,
 ) {
-    run_with_journals(seed, BLOCKS, 3, move |bed| async move {
-        let (cluster, nodes) = Cluster::start(&bed, 3).await;
-        test(bed, cluster, nodes).await;
-    });
+    on_nodes(seed, 3, test);
 }
 
 proptest! {

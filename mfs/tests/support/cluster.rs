@@ -323,6 +323,23 @@ impl Cluster {
         by.fs.adopt(dead.id.0).await.unwrap();
     }
 
+    /// The power of everything is cut: of what was not flushed the seed chooses what survives. All journals are
+    /// replayed, and as many nodes mount again.
+    pub async fn power_cut(&self, nodes: Vec<Node>) -> (Cluster, Vec<Node>) {
+        let count = nodes.len() as u16;
+        nodes.iter().for_each(|node| self.kill(node));
+        drop(nodes);
+        let survives = self.bed.runtime.random() % 4;
+        self.bed.device.crash(|_| self.bed.runtime.random() % 4 < survives);
+        self.bed.fsck().await;
+        let (device, superblock) = (self.bed.shared(), self.bed.superblock().await);
+        let runtime: Arc<dyn Runtime> = Arc::new(self.bed.runtime.clone());
+        for journal in 0..count {
+            journal::replay(&device, &superblock, journal, &runtime).await.unwrap();
+        }
+        Cluster::start(&self.bed, count).await
+    }
+
     /// All leave, and the check finds nothing.
     pub async fn stop(&self, nodes: Vec<Node>) {
         for node in nodes {

@@ -9,13 +9,17 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::{Cluster, Node};
 use lcl::Lcl;
 use mfs::callouts::NoKernelCache;
 use mfs::format::superblock::Superblock;
 use mfs::fsck;
 use mfs::ops::{Attr, Caller, Handle, Ino, Operations, Result, SetAttr, Write};
 use mfs::{Filesystem, FsError, Options, Parts, journal, mkfs};
-use storage_control::{BlockAddr, Clock, Device, LamportClock, MemDevice, Runtime, SimRuntime, WallTime};
+use storage_control::{
+    BlockAddr, BoxFuture, Clock, Device, LamportClock, MemDevice, Runtime, SimRuntime, WallTime,
+};
+use tokio::sync::oneshot;
 
 /// The user of all tests.
 pub const ME: Caller = Caller { uid: 1000, gid: 100 };
@@ -54,7 +58,28 @@ pub fn run_with_journals<F: Future<Output = ()> + Send + 'static>(
     });
 }
 
+/// The same with that many nodes, all mounted, on 128 MiB.
+pub fn on_nodes<F: Future<Output = ()> + Send + 'static>(
+    seed: u64,
+    count: u16,
+    test: impl FnOnce(Bed, Cluster, Vec<Node>) -> F + Send + 'static,
+) {
+    run_with_journals(seed, 2 * 16_384, count, move |bed| async move {
+        let (cluster, nodes) = Cluster::start(&bed, count).await;
+        test(bed, cluster, nodes).await;
+    });
+}
+
 impl Bed {
+    /// Runs something beside the caller, who may wait for it later.
+    pub fn join<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> BoxFuture<T> {
+        let (done, result) = oneshot::channel();
+        self.runtime.spawn(Box::pin(async move {
+            let _ = done.send(task.await);
+        }));
+        Box::pin(async move { result.await.expect("a task ends") })
+    }
+
     pub fn shared(&self) -> Arc<dyn Device> {
         Arc::new(self.device.clone())
     }
