@@ -333,8 +333,13 @@ impl Queues {
         ask: Option<EntryAsk>,
         fresh: bool,
     ) -> bool {
+        let says_nothing = held == Mode::NL && ask.is_none();
         let asks_twice = ask.is_some() && self.requests().any(|waiter| waiter.node == node);
-        if asks_twice || ask.is_some_and(|ask| !ask.want.covers(held)) || !self.compatible(node, held) {
+        if says_nothing
+            || asks_twice
+            || ask.is_some_and(|ask| !ask.want.covers(held))
+            || !self.compatible(node, held)
+        {
             return false;
         }
         let known = self.held(node);

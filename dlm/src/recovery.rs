@@ -177,6 +177,9 @@ impl Dlm {
             }
             let queues = self.queues.entry(res).or_default();
             if !queues.report(step, from, held, value, ask, fresh) {
+                if queues.is_empty() {
+                    self.queues.remove(&res);
+                }
                 return Err(Fault::Contradiction(res));
             }
         }
