@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
+use common::random::Random;
 use common::{Lab, Plan, path, text};
 
 const BLOCK: u64 = 4096;
@@ -220,6 +221,25 @@ fn a_hostile_client_of_the_control_socket_gets_an_error() {
         let reply = String::from_utf8_lossy(reply.get(4..).unwrap_or_default()).into_owned();
         assert!(reply.contains("refused"), "{reply}");
     }
+    // Requests with a few bytes changed: an answer or the end of the connection, again and again.
+    let (mut random, requests) = (Random::new(1), common::number("MATRIX_FUZZ_REQUESTS", 2_000));
+    let good = [&br#"{"status":{}}"#[..], br#"{"hello":{}}"#, br#"{"locks":{"inode":12,"waiting":true}}"#];
+    for number in 0..requests {
+        let mut bytes = random.pick(&good).to_vec();
+        for _ in 0..random.below(4) {
+            let at = random.below(bytes.len() as u64) as usize;
+            bytes[at] = if random.chance(50) { random.next() as u8 } else { *random.pick(b"{}[]\":,0-9e") };
+        }
+        let length = if random.chance(90) { bytes.len() as u32 } else { random.next() as u32 };
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).expect("connect");
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+        let _ = stream.write_all(&[&length.to_le_bytes()[..], &bytes].concat());
+        let _ = stream.shutdown(Shutdown::Write);
+        let ended = stream.read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+        let request = String::from_utf8_lossy(&bytes);
+        assert!(ended != Err(std::io::ErrorKind::WouldBlock), "request {number} has no end: {request}");
+    }
+    assert!(!lab.log(0).contains("panicked"), "{}", lab.log(0));
     let dir = lab.at(0);
     let status = lab.matrix(&["status", path(&dir)]);
     assert!(status.status.success(), "{}", text(&status));
