@@ -38,6 +38,8 @@ pub(super) enum Event {
     Input(Input),
     Looked(Box<Look>),
     Renewal(News),
+    /// Somebody showed a key that is in no slot as last read.
+    UnknownKey,
     /// The end of a read of the register that began then.
     Read(Instant, Option<(u64, Arc<View>)>),
     /// Ends as a killed process does.
@@ -138,6 +140,8 @@ impl Driver {
                 self.give(Input::RegisterRead(content));
             }
             Event::Renewal(news) => self.renewed(news),
+            // A renewal looks at all slots as well.
+            Event::UnknownKey => drop(self.poke.try_send(())),
             #[cfg(test)]
             Event::Stop => self.state.over = true,
         }

@@ -1,21 +1,27 @@
 //! The interconnect's side of the driver: what comes in becomes an event, or goes straight to the lock manager.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 use membership::frame::{Channel, Header};
 use membership::{Input, View, codec};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::ClusterHooks;
 use super::driver::Event;
 use crate::interconnect::{Handler, Loss, Who};
+
+/// Between two looks at the slots for the sake of unknown keys: strangers must not keep the disk busy.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Takes what the interconnect brings.
 pub(super) struct Inbox {
     pub(super) events: Sender<Event>,
     pub(super) hooks: Arc<dyn ClusterHooks>,
     pub(super) installed: Arc<RwLock<Option<Arc<View>>>>,
+    /// When an unknown key last had the slots looked at.
+    pub(super) looked: Mutex<Option<Instant>>,
 }
 
 impl Inbox {
@@ -53,5 +59,14 @@ impl Handler for Inbox {
 
     fn disconnected(&self, peer: Who, _loss: &Loss) {
         let _ = self.events.send(Event::Input(Input::Disconnected { node: peer.0, incarnation: peer.1 }));
+    }
+
+    fn unknown_key(&self) {
+        let now = Instant::now();
+        let mut looked = self.looked.lock();
+        if looked.is_none_or(|at| now - at >= LOOK_AGAIN) {
+            *looked = Some(now);
+            let _ = self.events.try_send(Event::UnknownKey);
+        }
     }
 }

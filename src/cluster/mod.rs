@@ -206,8 +206,12 @@ impl Claimed {
             addr: self.addr,
             fingerprint: self.key.fingerprint(),
         };
-        let handler =
-            Inbox { events: events.clone(), hooks: Arc::clone(&hooks), installed: Arc::clone(&installed) };
+        let handler = Inbox {
+            events: events.clone(),
+            hooks: Arc::clone(&hooks),
+            installed: Arc::clone(&installed),
+            looked: Mutex::default(),
+        };
         let net = Arc::new(Interconnect::start(Setup {
             me,
             matrix: area.fs(),

@@ -79,6 +79,8 @@ pub(crate) trait Handler: Send + Sync + 'static {
     fn connected(&self, peer: Who);
     /// Its connection has ended; frames on their way are lost.
     fn disconnected(&self, peer: Who, loss: &Loss);
+    /// Somebody showed a key that is not accepted: a stranger, or a node whose new slot was not looked at yet.
+    fn unknown_key(&self);
 }
 
 /// A peer to be connected with.
@@ -318,6 +320,10 @@ async fn accept(shared: Arc<Shared>, listener: std::net::TcpListener, acceptor: 
             drop(place);
             match setup.unwrap_or_else(|_| Err(String::from("the handshake took too long"))) {
                 Ok((stream, who, fingerprint)) => run(&shared, stream, who, fingerprint, who.0).await,
+                Err(why) if why == tls::UNKNOWN_KEY => {
+                    tracing::info!(%from, why, "connection refused");
+                    shared.handler.unknown_key();
+                }
                 Err(why) => tracing::warn!(%from, why, "connection refused"),
             }
         });
@@ -333,10 +339,10 @@ async fn take_in(
     acceptor: TlsAcceptor,
 ) -> Result<(ServerStream, Who, Fingerprint), String> {
     tune(&stream).map_err(|error| error.to_string())?;
-    let mut stream = acceptor.accept(stream).await.map_err(|error| error.to_string())?;
+    let mut stream = acceptor.accept(stream).await.map_err(|error| tls::reason(&error))?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let fingerprint = tls::fingerprint(certificate.ok_or("it showed no certificate")?);
-    let who = shared.trust.whose(&fingerprint).ok_or("its key is no longer accepted")?;
+    let who = shared.trust.whose(&fingerprint).ok_or(tls::UNKNOWN_KEY)?;
     handshake::shake(&mut stream, shared.me, shared.matrix, who, &*shared.medium).await?;
     Ok((stream, who, fingerprint))
 }

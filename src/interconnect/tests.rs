@@ -39,6 +39,8 @@ impl Handler for Reporter {
     fn disconnected(&self, peer: Who, loss: &Loss) {
         let _ = self.0.lock().send(News::Disconnected(peer, loss.clone()));
     }
+
+    fn unknown_key(&self) {}
 }
 
 type Blocks = Arc<Mutex<BTreeMap<NodeId, Nonce>>>;

@@ -44,6 +44,18 @@ impl Trust {
     }
 }
 
+/// Why a key is refused that is in no slot and no view.
+pub(super) const UNKNOWN_KEY: &str = "its key stands in no slot that was looked at";
+
+/// What ended a handshake.
+pub(super) fn reason(error: &std::io::Error) -> String {
+    let refused = Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+        Some(inner) if *inner == refused => String::from(UNKNOWN_KEY),
+        Some(_) | None => error.to_string(),
+    }
+}
+
 /// Accepts what [`Trust`] accepts, and one key alone where it is known who must answer.
 #[derive(Debug)]
 struct Pinned {
