@@ -173,7 +173,7 @@ fn garbage_at_the_peer_port_changes_nothing() {
 #[test]
 fn a_newer_version_is_refused_as_such() {
     let mut lab = Plan::nodes(1).size("64M").make();
-    patch(&lab.image(), 8, &2u32.to_le_bytes());
+    patch(&lab.image(), 8, &(storage_control::label::LABEL_VERSION + 1).to_le_bytes());
     assert_refused(&mut lab, &["newer"]);
 }
 

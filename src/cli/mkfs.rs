@@ -116,7 +116,7 @@ async fn write(device: &FileDevice, plan: &Plan<'_>) -> Result<Label, String> {
         PrepareOptions { text: plan.label.to_string(), io_timeout: plan.io_timeout, force: plan.force };
     let journals = mfs::mkfs::journals_for(shared.blocks());
     let nobody = membership::codec::encode_view(&View::empty(journals));
-    let label = mkfs::prepare(&shared, device, times, &runtime, &prepare, &nobody).await;
+    let label = mkfs::prepare(&shared, device, times, &runtime, &prepare, &|_| nobody.clone()).await;
     let label = label.map_err(|e| text(&e))?;
     let options = mfs::mkfs::Options {
         blocks: label.device_blocks,

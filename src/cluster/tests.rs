@@ -99,8 +99,9 @@ impl Image {
         let body = membership::codec::encode_view(&View::empty(1));
         let options = PrepareOptions { text: String::new(), io_timeout: None, force: false };
         block_on(async {
-            let label =
-                mkfs::prepare(&shared, &device, times, &runtime, &options, &body).await.expect("prepared");
+            let label = mkfs::prepare(&shared, &device, times, &runtime, &options, &|_| body.clone())
+                .await
+                .expect("prepared");
             mkfs::finish(&*shared, &device, times, &*runtime, &label).await.expect("finished");
         });
         image

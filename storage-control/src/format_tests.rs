@@ -68,6 +68,7 @@ fn the_tables_of_the_format_document_are_the_structs() {
             created_nanos,
             reserved_b,
             text,
+            device_uuid,
             reserved_c,
             checksum,
         }),

@@ -33,6 +33,8 @@ pub enum CloseReason {
     SlotTaken,
     /// The device now carries another file system.
     ForeignFilesystem,
+    /// The label is that of another device of the file system: the path leads elsewhere now.
+    ForeignDevice,
     /// The node withdrew after an error of its own.
     Withdrawn(String),
 }
@@ -45,6 +47,9 @@ impl fmt::Display for CloseReason {
             CloseReason::Excluded => f.write_str("the other nodes have excluded this node"),
             CloseReason::SlotTaken => f.write_str("another node has taken this node's slot"),
             CloseReason::ForeignFilesystem => f.write_str("the device now carries another file system"),
+            CloseReason::ForeignDevice => {
+                f.write_str("the path now leads to another device of the file system")
+            }
             CloseReason::Withdrawn(why) => write!(f, "the node withdrew: {why}"),
         }
     }

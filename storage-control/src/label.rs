@@ -1,4 +1,5 @@
-//! The label: block 0, which says that a device carries a Matrix file system, and which one.
+//! The label: block 0, which says that a device carries a Matrix file system, and which one, and which of its devices
+//! this is.
 //!
 //! It is written last by mkfs and never changed by a running cluster. Nothing else on the device is believed before the label was.
 
@@ -14,13 +15,16 @@ use crate::device::{Device, Durability};
 use crate::format::{checksum_of, checksum_ok};
 use crate::ids::{BLOCK_SIZE, BlockAddr, MAX_NODES};
 use crate::layout::{BLOCKS_PER_SLOT, LABEL_BLOCK, QUORUM_START, QuorumLayout};
+use crate::naming::DeviceId;
 use crate::runtime::WallTime;
 use crate::signature::{self, Signature};
 
 /// First bytes of the device.
 pub const LABEL_MAGIC: [u8; 8] = *b"MATRIXFS";
 /// The newest format this program knows, and the one it writes.
-pub const LABEL_VERSION: u32 = 1;
+pub const LABEL_VERSION: u32 = 2;
+/// The oldest format this program knows: version 1 had no id of the device.
+pub const OLDEST_LABEL_VERSION: u32 = 2;
 /// Bytes of a label text.
 pub const LABEL_TEXT_BYTES: usize = 64;
 
@@ -44,7 +48,8 @@ pub(crate) struct RawLabel {
     pub(crate) created_nanos: U32,
     pub(crate) reserved_b: [u8; 4],
     pub(crate) text: [u8; LABEL_TEXT_BYTES],
-    pub(crate) reserved_c: [u8; 3924],
+    pub(crate) device_uuid: [u8; 16],
+    pub(crate) reserved_c: [u8; 3908],
     pub(crate) checksum: U32,
 }
 
@@ -55,6 +60,8 @@ const _: () = assert!(size_of::<RawLabel>() == BLOCK_SIZE);
 pub struct Label {
     /// Identity of the file system; public.
     pub fs: Uuid,
+    /// Which of the matrix's devices this is, whatever its local path (SCL-1).
+    pub device: DeviceId,
     /// Drawn by the mkfs that wrote the label, to see that no other mkfs came after it.
     pub nonce: [u8; 16],
     /// Size of the device.
@@ -88,6 +95,14 @@ pub enum LabelError {
         /// The label's version.
         found: u32,
     },
+    /// A label of a format that is no longer known.
+    #[error(
+        "format version {found} is older than version {OLDEST_LABEL_VERSION}, the oldest this program knows; make the file system anew with matrix mkfs --force"
+    )]
+    OlderVersion {
+        /// The label's version.
+        found: u32,
+    },
     /// A label with impossible contents.
     #[error("the label is corrupt: {0}")]
     Corrupt(&'static str),
@@ -106,6 +121,14 @@ pub enum LabelError {
         expected: Uuid,
         /// The label's file system.
         found: Uuid,
+    },
+    /// The label of another device of the same file system.
+    #[error("the device is {found} of its file system, not {expected}")]
+    ForeignDevice {
+        /// The expected device.
+        expected: DeviceId,
+        /// The label's device.
+        found: DeviceId,
     },
     /// It could not be read or written.
     #[error("reading or writing the label: {0}")]
@@ -129,6 +152,7 @@ impl Label {
         }
         Ok(Label {
             fs: Uuid::new_v4(),
+            device: DeviceId::random(),
             nonce: Uuid::new_v4().into_bytes(),
             device_blocks,
             quorum,
@@ -154,14 +178,20 @@ impl Label {
         }
     }
 
-    /// Reads the label and checks that it is this one's file system.
+    /// Reads the label and checks that it is this one's file system, and this one's device of it.
     pub async fn verify(&self, device: &dyn Device) -> Result<(), LabelError> {
-        let found = Label::read(device).await?;
-        if found.fs == self.fs {
-            Ok(())
-        } else {
-            Err(LabelError::ForeignFilesystem { expected: self.fs, found: found.fs })
+        self.is_still(&Label::read(device).await?)
+    }
+
+    /// Checks that a label read later is this one's file system, and this one's device of it.
+    pub(crate) fn is_still(&self, found: &Label) -> Result<(), LabelError> {
+        if found.fs != self.fs {
+            return Err(LabelError::ForeignFilesystem { expected: self.fs, found: found.fs });
         }
+        if found.device != self.device {
+            return Err(LabelError::ForeignDevice { expected: self.device, found: found.device });
+        }
+        Ok(())
     }
 
     /// Writes the label, stable.
@@ -199,7 +229,8 @@ impl Label {
             created_nanos: U32::new(self.created.nanos),
             reserved_b: [0; 4],
             text,
-            reserved_c: [0; 3924],
+            device_uuid: self.device.0,
+            reserved_c: [0; 3908],
             checksum: U32::ZERO,
         };
         raw.checksum = U32::new(checksum_of(raw.as_bytes()));
@@ -220,13 +251,14 @@ impl Label {
         if !checksum_ok(block) {
             return Err(LabelError::Corrupt("the checksum is wrong"));
         }
+        if raw.version.get() < OLDEST_LABEL_VERSION {
+            return Err(LabelError::OlderVersion { found: raw.version.get() });
+        }
         let quorum = QuorumLayout { start: BlockAddr(raw.quorum_start.get()), slots: raw.slots.get() };
         let reserved_zero = raw.reserved_a == [0; 2]
             && raw.reserved_b == [0; 4]
             && raw.reserved_c.iter().all(|&byte| byte == 0);
-        let problem = if raw.version.get() == 0 {
-            Some("version 0 does not exist")
-        } else if raw.block_size.get() != BLOCK_SIZE as u32 {
+        let problem = if raw.block_size.get() != BLOCK_SIZE as u32 {
             Some("the block size is not 4096")
         } else if quorum.slots == 0
             || usize::from(quorum.slots) > MAX_NODES
@@ -239,6 +271,8 @@ impl Label {
             Some("the device is too small for its quorum region")
         } else if raw.created_nanos.get() >= 1_000_000_000 {
             Some("the time of creation is impossible")
+        } else if raw.device_uuid == [0; 16] {
+            Some("the device has no id")
         } else if !reserved_zero {
             Some("reserved bytes are not zero")
         } else {
@@ -253,6 +287,7 @@ impl Label {
         let io_timeout = Some(raw.io_timeout_ms.get()).filter(|&ms| ms > 0);
         Ok(Label {
             fs: Uuid::from_bytes(raw.fs_uuid),
+            device: DeviceId(raw.device_uuid),
             nonce: raw.nonce,
             device_blocks: raw.device_blocks.get(),
             quorum,
@@ -276,6 +311,7 @@ pub(crate) mod tests {
     pub(crate) fn sample() -> Label {
         Label {
             fs: Uuid::from_bytes([0x11; 16]),
+            device: DeviceId([0x33; 16]),
             nonce: [0x22; 16],
             created: WallTime { secs: 1_700_000_000, nanos: 5 },
             ..Label::new(BLOCKS, "films", Some(Duration::from_secs(5)), WallTime::default()).unwrap()
@@ -307,11 +343,13 @@ pub(crate) mod tests {
         let raw = sample().encode();
         let bytes = raw.as_bytes();
         let golden = [
-            &b"MATRIXFS\x01\0\0\0\0\x10\0\0"[..],
+            &b"MATRIXFS\x02\0\0\0\0\x10\0\0"[..],
             &[0x11; 16],
             &[0x22; 16],
             b"\x20\x4E\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x10\x04\0\0\0\0\0\0",
-            b"\x40\0\0\0\x88\x13\0\0\0\xF1\x53\x65\0\0\0\0\x05\0\0\0\0\0\0\0films\0",
+            b"\x40\0\0\0\x88\x13\0\0\0\xF1\x53\x65\0\0\0\0\x05\0\0\0\0\0\0\0films",
+            &[0; 59],
+            &[0x33; 16],
         ]
         .concat();
         assert_eq!(&bytes[..golden.len()], golden);
@@ -332,8 +370,26 @@ pub(crate) mod tests {
     #[test]
     fn a_newer_version_is_refused_as_such() {
         let device = written();
-        forge(&device, |block| block[8] = 2);
-        assert!(matches!(block_on(Label::read(&device)), Err(LabelError::NewerVersion { found: 2 })));
+        forge(&device, |block| block[8] = 3);
+        assert!(matches!(block_on(Label::read(&device)), Err(LabelError::NewerVersion { found: 3 })));
+    }
+
+    #[test]
+    fn an_older_version_is_refused_as_such() {
+        for version in [0, 1] {
+            let device = written();
+            forge(&device, |block| block[8] = version);
+            let error = block_on(Label::read(&device)).unwrap_err();
+            assert!(matches!(error, LabelError::OlderVersion { found } if found == u32::from(version)));
+            assert!(error.to_string().contains("matrix mkfs"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_label_without_an_id_of_the_device_is_refused() {
+        let device = written();
+        forge(&device, |block| block[168..184].fill(0));
+        assert!(matches!(block_on(Label::read(&device)), Err(LabelError::Corrupt(_))));
     }
 
     #[test]
@@ -365,11 +421,14 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_label_of_another_file_system_is_foreign() {
+    fn the_label_of_another_file_system_or_device_is_foreign() {
         let device = written();
         let other = Label { fs: Uuid::from_bytes([9; 16]), ..sample() };
         let error = block_on(other.verify(&device)).unwrap_err();
         assert!(matches!(error, LabelError::ForeignFilesystem { .. }));
+        let other = Label { device: DeviceId([9; 16]), ..sample() };
+        let error = block_on(other.verify(&device)).unwrap_err();
+        assert!(matches!(error, LabelError::ForeignDevice { .. }));
         block_on(Label::wipe(&device)).unwrap();
         assert!(matches!(block_on(sample().verify(&device)), Err(LabelError::NotMatrix { found: None })));
     }

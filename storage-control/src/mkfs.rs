@@ -55,15 +55,15 @@ pub enum PrepareError {
     Io(#[from] io::Error),
 }
 
-/// Checks that the device may be overwritten, removes the old label, and writes the quorum region with
-/// `first_body` as the register's first value. The label it returns is not on the device yet.
+/// Checks that the device may be overwritten, removes the old label, and writes the quorum region with what
+/// `first_body` makes of the label as the register's first value. The label it returns is not on the device yet.
 pub async fn prepare(
     device: &Arc<dyn Device>,
     locks: &dyn SlotLocks,
     times: LeaseTimes,
     runtime: &Arc<dyn Runtime>,
     options: &PrepareOptions,
-    first_body: &[u8],
+    first_body: &(dyn Fn(&Label) -> Vec<u8> + Sync),
 ) -> Result<Label, PrepareError> {
     if !options.force {
         check_free(device, locks, times, runtime).await?;
@@ -73,7 +73,7 @@ pub async fn prepare(
     wipe_end(&**device).await?;
     let id = AcceptorId::single(label.fs);
     let acceptor = Acceptor { device: Arc::clone(device), layout: label.quorum, id };
-    acceptor.format(first_body, OpId(uuid::Uuid::new_v4().as_u128())).await?;
+    acceptor.format(&first_body(&label), OpId(uuid::Uuid::new_v4().as_u128())).await?;
     Ok(label)
 }
 
@@ -113,9 +113,11 @@ async fn check_free(
         Err(
             LabelError::NotMatrix { .. }
             | LabelError::NewerVersion { .. }
+            | LabelError::OlderVersion { .. }
             | LabelError::Corrupt(_)
             | LabelError::Truncated { .. }
-            | LabelError::ForeignFilesystem { .. },
+            | LabelError::ForeignFilesystem { .. }
+            | LabelError::ForeignDevice { .. },
         ) => return Err(PrepareError::Carries(found)),
     };
     let area = SlotArea::without_gate(Arc::clone(device), label, Arc::clone(runtime));
@@ -153,7 +155,7 @@ mod tests {
         let device: Arc<dyn Device> = Arc::new(device.clone());
         world.run(async move {
             let options = PrepareOptions { text: "films".into(), force, ..PrepareOptions::default() };
-            let label = prepare(&device, &NoLocks, TIMES, &runtime, &options, b"first").await?;
+            let label = prepare(&device, &NoLocks, TIMES, &runtime, &options, &|_| b"first".to_vec()).await?;
             finish(&*device, &NoLocks, TIMES, &*runtime, &label).await?;
             Ok(label)
         })

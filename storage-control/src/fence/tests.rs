@@ -158,7 +158,8 @@ fn image_in(dir: &Path) -> std::path::PathBuf {
     let times = LeaseTimes { write_life: file.medium().write_life(None) };
     let options = Default::default();
     block_on(async {
-        let label = crate::mkfs::prepare(&device, &file, times, &runtime, &options, b"").await.unwrap();
+        let label =
+            crate::mkfs::prepare(&device, &file, times, &runtime, &options, &|_| Vec::new()).await.unwrap();
         crate::mkfs::finish(&*device, &file, times, &*runtime, &label).await.unwrap();
     });
     path

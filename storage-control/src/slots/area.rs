@@ -114,7 +114,7 @@ impl SlotArea {
         self.label.fs
     }
 
-    /// Reads everything, and checks that the label still names this file system.
+    /// Reads everything, and checks that the label still names this file system and this device.
     pub async fn look(&self) -> Result<Look, LabelError> {
         let layout = self.label.quorum;
         let slots = usize::from(layout.slots);
@@ -123,9 +123,7 @@ impl SlotArea {
         let bytes = self.device.read(BlockAddr(0), layout.start.0 as usize + 2 * slots).await?;
         let completed = self.runtime.now();
         let label = Label::decode(&bytes[..BLOCK_SIZE])?;
-        if label.fs != self.label.fs {
-            return Err(LabelError::ForeignFilesystem { expected: self.label.fs, found: label.fs });
-        }
+        self.label.is_still(&label)?;
         let blocks = |first: usize| {
             let start = first_byte + first * BLOCK_SIZE;
             layout.nodes().zip(bytes[start..start + slots * BLOCK_SIZE].chunks_exact(BLOCK_SIZE))

@@ -212,9 +212,11 @@ impl SlotKeeper {
             Err(LabelError::ForeignFilesystem { .. } | LabelError::NotMatrix { .. }) => {
                 return Err(self.close(CloseReason::ForeignFilesystem));
             }
+            Err(LabelError::ForeignDevice { .. }) => return Err(self.close(CloseReason::ForeignDevice)),
             Err(
                 error @ (LabelError::Corrupt(_)
                 | LabelError::NewerVersion { .. }
+                | LabelError::OlderVersion { .. }
                 | LabelError::Truncated { .. }),
             ) => {
                 return Err(RenewError::Label(error));

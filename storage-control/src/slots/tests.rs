@@ -45,7 +45,9 @@ impl World {
             (Arc::new(device.clone()), Arc::new(runtime.clone()));
         let label = runtime.run(async move {
             let options = Default::default();
-            let label = crate::mkfs::prepare(&shared, &NoLocks, TIMES, &clock, &options, b"").await.unwrap();
+            let label = crate::mkfs::prepare(&shared, &NoLocks, TIMES, &clock, &options, &|_| Vec::new())
+                .await
+                .unwrap();
             crate::mkfs::finish(&*shared, &NoLocks, TIMES, &*clock, &label).await.unwrap();
             label
         });
@@ -248,6 +250,17 @@ fn another_file_system_on_the_device_closes_the_gate() {
     let device = world.device.clone();
     world.runtime.run(async move { other.write(&device).await }).unwrap();
     assert!(matches!(world.renew(&node), Err(RenewError::Closed(CloseReason::ForeignFilesystem))));
+}
+
+/// SCL-1: a device is known by the id in its label, wherever the path leads.
+#[test]
+fn another_device_of_the_file_system_closes_the_gate() {
+    let world = World::new(1);
+    let (node, _) = world.claim("anna");
+    let other = Label { device: crate::DeviceId([9; 16]), ..world.label.clone() };
+    let device = world.device.clone();
+    world.runtime.run(async move { other.write(&device).await }).unwrap();
+    assert!(matches!(world.renew(&node), Err(RenewError::Closed(CloseReason::ForeignDevice))));
 }
 
 #[test]
