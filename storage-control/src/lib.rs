@@ -18,6 +18,7 @@ mod format;
 mod format_tests;
 pub mod gate;
 pub mod ids;
+pub mod info;
 pub mod label;
 pub mod layout;
 pub mod lease;
@@ -40,6 +41,7 @@ pub use gate::{CloseReason, Gate, GateRefused, GateStats};
 pub use ids::{
     BLOCK_SIZE, BlockAddr, Clock, ClockError, Generation, Incarnation, LamportClock, MAX_NODES, NodeId,
 };
+pub use info::DeviceInfo;
 pub use label::{Label, LabelError};
 pub use layout::{MAX_BODY_BYTES, QuorumLayout};
 pub use medium::{Medium, WriteLife};

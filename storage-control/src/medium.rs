@@ -93,7 +93,7 @@ impl Medium {
 }
 
 /// The whole disk's directory in sysfs, where `device` may be a partition.
-fn whole_disk(device: &Path) -> Option<PathBuf> {
+pub(crate) fn whole_disk(device: &Path) -> Option<PathBuf> {
     let device = fs::canonicalize(device).ok()?;
     if device.join("partition").exists() { device.parent().map(Path::to_owned) } else { Some(device) }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 /// `blkgetsize64`: the size of a block device in bytes.
 pub(crate) fn block_device_bytes(file: &File) -> io::Result<u64> {
@@ -12,6 +12,16 @@ pub(crate) fn block_device_bytes(file: &File) -> io::Result<u64> {
     // SAFETY: the kernel writes one u64 to the address.
     check(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64 as _, &raw mut bytes) })?;
     Ok(bytes)
+}
+
+/// The size of a block device's logical sectors in bytes.
+pub(crate) fn block_device_sector(device: &impl AsFd) -> io::Result<u32> {
+    // _IO(0x12, 104), which writes an int all the same.
+    const BLKSSZGET: u64 = 0x1268;
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one int to the address.
+    check(unsafe { libc::ioctl(device.as_fd().as_raw_fd(), BLKSSZGET as _, &raw mut bytes) })?;
+    u32::try_from(bytes).map_err(io::Error::other)
 }
 
 /// Reads into `buf` at `offset` once; may be short.
