@@ -1,6 +1,6 @@
 //! The changes a view may undergo, as pure functions. Each leaves a view that [`View::check`] accepts.
 //!
-//! A change of members, shards or ADM takes a new generation, one for all the changes that go into the register
+//! A change of members, shards, ADM or devices takes a new generation, one for all the changes that go into the register
 //! together: [`View::next_generation`]. The order of an incarnation's end is fixed here: a member, then
 //! `FencePending`, then `FencedDirty` with a replayer, then gone, its journal clean.
 
@@ -141,7 +141,10 @@ impl View {
 
 #[cfg(test)]
 mod tests {
+    use storage_control::DeviceId;
+
     use super::*;
+    use crate::devices::NamingDatabase;
 
     fn member(node: u16, incarnation: u64, journal: u16) -> Member {
         Member {
@@ -155,7 +158,8 @@ mod tests {
     }
 
     fn three() -> View {
-        let mut view = View::empty(3);
+        let names = NamingDatabase::of_one("disk1".parse().expect("a name"), DeviceId([1; 16]), 20_000);
+        let mut view = View::empty(3, names);
         (0..3).for_each(|n| view.admit(member(n, 1, n)));
         view.next_generation();
         view

@@ -7,7 +7,7 @@ use crate::message::Message;
 use crate::view::{BadView, View};
 
 /// Version of the register's body, its first byte.
-pub const BODY_VERSION: u8 = 1;
+pub const BODY_VERSION: u8 = 2;
 /// Largest register body in bytes: what its place on the disk holds.
 pub const MAX_BODY_BYTES: usize = storage_control::MAX_BODY_BYTES;
 /// By so much a body grows at most when a member moves to recovery.
@@ -19,7 +19,7 @@ pub const MAX_MESSAGE_BYTES: usize = MAX_BODY_BYTES + 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum CodecError {
     /// Empty, or written by a version this one does not know.
-    #[error("version {0:?} is not known here (this is version 1)")]
+    #[error("version {0:?} is not known here (this is version {BODY_VERSION})")]
     Version(Option<u8>),
     /// Cut off, too long, or not what it should be.
     #[error("malformed: {0}")]

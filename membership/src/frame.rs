@@ -8,7 +8,7 @@ use storage_control::{Clock, Generation, Incarnation, NodeId};
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"MTXF";
 /// Version of frames and messages.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// Size of a header in bytes.
 pub const HEADER_BYTES: usize = 40;
 /// Largest payload in bytes.

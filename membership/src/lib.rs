@@ -6,6 +6,7 @@
 mod change;
 pub mod codec;
 mod core;
+mod devices;
 pub mod frame;
 mod message;
 mod shards;
@@ -15,6 +16,7 @@ mod view;
 pub use self::core::{
     CasOutcome, CloseReason, Input, Membership, Notice, Output, Phase, SlotSeen, Snapshot, Standing,
 };
+pub use devices::{Device, MAX_DEVICES, NamingDatabase, Role};
 pub use message::{Applicant, Message, NodeSet, Refusal};
 pub use shards::{SHARDS, ShardMap, ShardSet};
 pub use view::{

@@ -116,13 +116,24 @@ pub enum Refusal {
     /// This incarnation was a member before.
     #[error("this start of the daemon was a member and was excluded: start it again")]
     Ended,
+    /// The applicant has not found the devices of the current naming database. Try again.
+    #[error("the node knows the devices of generation {theirs}, this matrix has those of generation {ours}")]
+    NamesUnknown {
+        /// The version it knows.
+        theirs: Generation,
+        /// The ADM's.
+        ours: Generation,
+    },
 }
 
 impl Refusal {
     /// Whether trying again may help without anybody acting.
     pub fn is_transient(&self) -> bool {
         match self {
-            Refusal::FormerPending(_) | Refusal::NotAdm | Refusal::Unhealthy => true,
+            Refusal::FormerPending(_)
+            | Refusal::NotAdm
+            | Refusal::Unhealthy
+            | Refusal::NamesUnknown { .. } => true,
             Refusal::WrongKey
             | Refusal::WrongGeneration { .. }
             | Refusal::Full(_)
@@ -147,6 +158,8 @@ pub enum Message {
         heard: NodeSet,
         /// Whether its storage answers in time.
         healthy: bool,
+        /// The version of the naming database that it knows, if it knows one.
+        names: Option<Generation>,
     },
     /// An applicant to the ADM.
     Join {
@@ -158,6 +171,8 @@ pub enum Message {
         generation: Generation,
         /// Whether its storage answers in time.
         healthy: bool,
+        /// The version of the naming database of which it has found every device.
+        names: Generation,
     },
     /// The ADM to an applicant.
     Refused(Refusal),

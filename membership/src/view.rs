@@ -1,11 +1,13 @@
-//! A view: the agreed members, what each masters, and whose recovery is open. The body of the quorum register.
+//! A view: the agreed members, what each masters, whose recovery is open, and what the devices are called. The body of
+//! the quorum register.
 //!
 //! Always (checked by [`View::check`] on every body read and every body written):
 //! - every journal that exists is used by one member, or waits for one recovery, or is clean: never two of these;
 //! - an incarnation is in recovery at most once, and no node with an open recovery is a member;
 //! - an incarnation that was let in once is in `past` for good, and is never let in again;
 //! - the ADM is a member wherever there are members, and each of them masters its share of the shards;
-//! - a change of members, shards or ADM is a new generation; progress of a fence or replay is not.
+//! - every device has one name, and every name one device (see [`NamingDatabase`]);
+//! - a change of members, shards, ADM or devices is a new generation; progress of a fence or replay is not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -13,6 +15,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use storage_control::{Generation, Incarnation, NodeId};
 
+use crate::devices::NamingDatabase;
 use crate::shards::{SHARDS, ShardMap, ShardSet};
 
 /// Most members a view may have; also the bound of node numbers (slots of the largest quorum region).
@@ -93,6 +96,8 @@ pub struct View {
     pub adm: NodeId,
     /// An election, or a forming, in progress.
     pub candidate: Option<Candidate>,
+    /// The devices of the matrix and their names.
+    pub names: NamingDatabase,
     /// Everybody who may write, by slot.
     pub members: BTreeMap<NodeId, Member>,
     /// Who masters which shard.
@@ -112,13 +117,14 @@ pub struct View {
 pub struct BadView(pub &'static str);
 
 impl View {
-    /// The view of a filesystem that nobody has mounted yet, with `journals` clean journals.
-    pub fn empty(journals: u16) -> View {
+    /// The view of a filesystem that nobody has mounted yet, with `journals` clean journals, on these devices.
+    pub fn empty(journals: u16, names: NamingDatabase) -> View {
         View {
             generation: Generation(0),
             burnt: Generation(0),
             adm: NodeId(0),
             candidate: None,
+            names,
             members: BTreeMap::new(),
             shards: ShardMap::all_to(NodeId(0)),
             recoveries: Vec::new(),
@@ -187,6 +193,7 @@ impl View {
         if self.candidate.is_some_and(|c| c.generation > self.burnt || c.generation <= self.generation) {
             return bad("a candidate's generation is not taken, or not newer");
         }
+        self.names.check(self.generation)?;
         if !self.members.is_empty() && !self.members.contains_key(&self.adm) {
             return bad("the ADM is not a member");
         }

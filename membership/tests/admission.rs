@@ -1,144 +1,18 @@
 //! Who is let in, who is not and why, and the other things that one node decides alone: small stories, told to a single
 //! core whose register this test plays.
 
+mod story;
+
 use std::sync::Arc;
 
 use membership::frame::PROTOCOL_VERSION;
 use membership::times::{DISK_SILENCE_MS, HEARTBEAT_MS, RETRY_MS, SILENCE_MS};
 use membership::{
-    Applicant, CasOutcome, CloseReason, FenceState, Input, Membership, Message, NodeSet, Output, Phase,
-    Refusal, SlotSeen, View,
+    Applicant, CloseReason, FenceState, Input, Membership, Message, Output, Phase, Refusal, View,
 };
 use storage_control::{Generation, Incarnation, Instant, NodeId};
 
-const ME: u16 = 0;
-const SLOTS: u16 = 4;
-
-fn applicant(node: u16, incarnation: u64) -> Applicant {
-    Applicant {
-        node: NodeId(node),
-        incarnation: Incarnation(incarnation),
-        name: format!("n{node}"),
-        addr: "10.0.0.1:7000".parse().expect("an address"),
-        fingerprint: [node as u8; 32],
-    }
-}
-
-fn slot(applicant: &Applicant, sequence: u64) -> SlotSeen {
-    SlotSeen {
-        node: applicant.node,
-        incarnation: applicant.incarnation,
-        sequence,
-        heard: NodeSet::from_iter((0..SLOTS).map(NodeId)),
-        healthy: true,
-        stopped: false,
-        unfenceable: None,
-        name: applicant.name.clone(),
-        addr: applicant.addr,
-        fingerprint: applicant.fingerprint,
-    }
-}
-
-/// The ADM's core, the register, and the other nodes' slots.
-struct Story {
-    core: Membership,
-    now_ms: u64,
-    register: (u64, Arc<View>),
-    /// Slots that are renewed with every step.
-    alive: Vec<SlotSeen>,
-    outputs: Vec<Output>,
-}
-
-impl Story {
-    /// A matrix with this node as its only member, and this many journals.
-    fn formed(journals: u16) -> Story {
-        let mut story = Story::outside(View::empty(journals));
-        story.give(Input::Tick);
-        assert_eq!(*story.core.phase(), Phase::Member);
-        story.outputs.clear();
-        story
-    }
-
-    fn outside(view: View) -> Story {
-        let now_ms = 1_000_000;
-        Story {
-            core: Membership::new(applicant(ME, 1), SLOTS, Instant(now_ms * 1_000_000)),
-            now_ms,
-            register: (1, Arc::new(view)),
-            alive: Vec::new(),
-            outputs: Vec::new(),
-        }
-    }
-
-    /// Gives an input and answers the register's outputs, as long as there are any.
-    fn give(&mut self, input: Input) {
-        let mut inputs = vec![input];
-        while let Some(input) = inputs.pop() {
-            self.core.handle(Instant(self.now_ms * 1_000_000), input);
-            while let Some(output) = self.core.poll() {
-                match &output {
-                    Output::ReadRegister => inputs.push(Input::RegisterRead(Some(self.register.clone()))),
-                    Output::Cas { expected, view } => {
-                        assert_eq!(*expected, self.register.0);
-                        view.check().expect("a view");
-                        self.register = (expected + 1, Arc::clone(view));
-                        inputs.push(Input::CasDone(CasOutcome::Committed(expected + 1)));
-                    }
-                    _ => {}
-                }
-                self.outputs.push(output);
-            }
-        }
-    }
-
-    /// Time passes; the living renew their slots and speak.
-    fn pass(&mut self, millis: u64) {
-        let end = self.now_ms + millis;
-        while self.now_ms < end {
-            self.now_ms += 100;
-            self.alive.iter_mut().for_each(|slot| slot.sequence += 1);
-            self.give(Input::Slots(self.alive.clone()));
-            for slot in self.alive.clone() {
-                let heard = slot.heard;
-                let message = Message::Heartbeat { sequence: 0, heard, healthy: true };
-                self.give(Input::Received { node: slot.node, incarnation: slot.incarnation, message });
-            }
-        }
-    }
-
-    fn connect(&mut self, applicant: &Applicant) {
-        self.alive.push(slot(applicant, 1));
-        self.pass(200);
-        self.give(Input::Connected { node: applicant.node, incarnation: applicant.incarnation });
-    }
-
-    fn ask(&mut self, applicant: &Applicant, change: impl FnOnce(&mut Message)) -> Option<Refusal> {
-        let generation = self.register.1.generation;
-        let mut message = Message::Join {
-            applicant: applicant.clone(),
-            version: PROTOCOL_VERSION,
-            generation,
-            healthy: true,
-        };
-        change(&mut message);
-        self.outputs.clear();
-        self.give(Input::Received { node: applicant.node, incarnation: applicant.incarnation, message });
-        self.outputs.iter().find_map(|output| match output {
-            Output::Send { to, message: Message::Refused(refusal) } if *to == applicant.node => {
-                Some(refusal.clone())
-            }
-            _ => None,
-        })
-    }
-
-    fn is_member(&self, applicant: &Applicant) -> bool {
-        self.register.1.is_member(applicant.node, applicant.incarnation)
-    }
-
-    fn wants(&self, wanted: impl Fn(&Output) -> bool) -> bool {
-        self.outputs.iter().any(wanted)
-    }
-}
+use story::{ME, SLOTS, Story, applicant};
 
 #[test]
 fn an_applicant_gets_shards_and_a_clean_journal() {
@@ -194,6 +68,7 @@ fn a_key_that_is_not_the_slots_is_refused() {
         version: PROTOCOL_VERSION,
         generation: story.register.1.generation,
         healthy: true,
+        names: story.register.1.names.version,
     };
     story.outputs.clear();
     story.give(Input::Received { node: NodeId(2), incarnation: Incarnation(1), message });
@@ -379,16 +254,7 @@ fn a_member_tells_the_adm_what_connection_broke_until_a_new_view_is_there() {
         story.outputs.clear();
         story.give(Input::Connected { node: NodeId(2), incarnation: Incarnation(1) });
     };
-    let renew = |story: &mut Story, adm: u16| {
-        let mut view = View::clone(&story.register.1);
-        view.generation = Generation(view.generation.0 + 1);
-        view.burnt = view.generation;
-        view.adm = NodeId(adm);
-        story.register = (story.register.0 + 1, Arc::new(view));
-        story.give(Input::RegisterMoved);
-        story.pass(300);
-        story.outputs.clear();
-    };
+    let renew = |story: &mut Story, adm: u16| story.renew(|view| view.adm = NodeId(adm));
     renew(&mut story, 1);
     let generation = story.register.1.generation;
     breaks(&mut story);

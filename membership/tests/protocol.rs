@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use membership::codec::{decode_message, decode_view, encode_message, encode_view};
 use membership::frame::{Channel, FrameError, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES};
 use membership::{
-    Applicant, Candidate, FenceState, Member, Message, NodeSet, Recovery, Refusal, ShardSet, View,
+    Applicant, Candidate, Device, FenceState, Member, Message, NamingDatabase, NodeSet, Recovery, Refusal,
+    Role, ShardSet, View,
 };
 use proptest::prelude::*;
-use storage_control::{Clock, Generation, Incarnation, NodeId};
+use storage_control::{Clock, DeviceId, Generation, Incarnation, NodeId};
 
 const DOCUMENT: &str = include_str!("../PROTOCOL.md");
 
@@ -73,7 +74,7 @@ fn a_header_that_is_not_exactly_right_is_refused() {
         Header::decode(&bytes)
     };
     assert_eq!(changed(0, b'X'), Err(FrameError::Magic));
-    assert_eq!(changed(4, 2), Err(FrameError::Version(2)));
+    assert_eq!(changed(4, 3), Err(FrameError::Version(3)));
     assert_eq!(changed(6, 0), Err(FrameError::Channel(0)));
     assert_eq!(changed(7, 1), Err(FrameError::Reserved));
     assert_eq!(changed(14, 1), Err(FrameError::Reserved));
@@ -92,6 +93,15 @@ fn member(node: u16) -> Member {
     }
 }
 
+fn names() -> NamingDatabase {
+    let device = |name: &str, id: u8, role: Role| {
+        let name = name.parse().expect("a name");
+        Device { name, id: DeviceId([id; 16]), blocks: 20_000, role }
+    };
+    let devices = vec![device("disk1", 0xD1, Role::Whole), device("disk2", 0xD2, Role::Data)];
+    NamingDatabase { version: Generation(2), devices }
+}
+
 fn view() -> View {
     let only = member(0);
     View {
@@ -103,6 +113,7 @@ fn view() -> View {
             incarnation: Incarnation(1),
             generation: Generation(4),
         }),
+        names: names(),
         shards: membership::ShardMap::all_to(NodeId(0)),
         recoveries: vec![Recovery {
             node: NodeId(1),
@@ -131,8 +142,8 @@ fn messages() -> Vec<(&'static str, Message)> {
     };
     let heard = NodeSet::from_iter([NodeId(0), NodeId(65)]);
     vec![
-        ("Heartbeat", Message::Heartbeat { sequence: 7, heard, healthy: true }),
-        ("Join", Message::Join { applicant, version: 1, generation, healthy: true }),
+        ("Heartbeat", Message::Heartbeat { sequence: 7, heard, healthy: true, names: Some(generation) }),
+        ("Join", Message::Join { applicant, version: 2, generation, healthy: true, names: generation }),
         ("Refused", Message::Refused(Refusal::FormerPending(incarnation))),
         ("Register", Message::Register { sequence: 7, view: Box::new(view()) }),
         ("Leave", Message::Leave),
@@ -176,6 +187,7 @@ fn the_refusals_are_as_documented() {
         Refusal::NotAdm,
         Refusal::NoFence(text),
         Refusal::Ended,
+        Refusal::NamesUnknown { theirs, ours },
     ];
     let rows = table("Refusals");
     assert_eq!(rows.len(), all.len());
@@ -208,7 +220,7 @@ fn the_bytes_of_a_body_do_not_change() {
 #[test]
 fn a_body_of_another_version_is_refused() {
     let mut body = encode_view(&view());
-    body[0] = 2;
+    body[0] = 1;
     assert!(decode_view(&body).expect_err("refused").to_string().contains("version"));
     assert!(decode_view(&[]).is_err());
 }
@@ -221,6 +233,35 @@ fn a_body_cut_off_anywhere_or_with_a_tail_is_refused() {
     }
     body.push(0);
     assert!(decode_view(&body).is_err());
+}
+
+/// Foreign bytes where the names of devices are: an error or another possible database, never a panic (SCL-1).
+#[test]
+fn flipped_bits_in_the_naming_database_are_refused_or_keep_its_rules() {
+    let body = encode_view(&view());
+    let first = body.windows(5).position(|five| five == b"disk1").expect("the first name");
+    let end = body.windows(5).position(|five| five == b"disk2").expect("the second name") + 5 + 16 + 5;
+    let mut refused = 0;
+    for bit in (first - 2) * 8..end * 8 {
+        let mut body = body.clone();
+        body[bit / 8] ^= 1 << (bit % 8);
+        match decode_view(&body) {
+            Ok(other) => other.check().expect("what decodes is a view"),
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 60, "{refused} flips were refused");
+}
+
+#[test]
+fn names_that_are_no_names_of_devices_are_refused() {
+    let body = encode_view(&view());
+    let at = body.windows(5).position(|five| five == b"disk1").expect("the first name");
+    for bad in [b"/isk1", b"-isk1", b"di k1", b"disk\0", b"dis\xff1", b"disk2", b"disk3"] {
+        let mut body = body.clone();
+        body[at..at + 5].copy_from_slice(bad);
+        assert!(decode_view(&body).is_err(), "{bad:?}");
+    }
 }
 
 #[test]

@@ -102,7 +102,7 @@ impl Demo {
     }
 
     fn start(&mut self, nodes: u16, size: u64, end: &mut End) -> Result<(), Failure> {
-        let plan = mkfs::Plan { size: Some(size), label: "demo", io_timeout: None, force: false };
+        let plan = mkfs::Plan { size: Some(size), label: "demo", ..mkfs::Plan::plain() };
         mkfs::make(&self.image(), &plan)?;
         for node in (1..=nodes).map(|n| format!("n{n}")) {
             if end.input.try_recv().is_ok() {

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use membership::View;
+use membership::{NamingDatabase, View};
 use storage_control::lease::LeaseTimes;
 use storage_control::mkfs::{self, PrepareOptions};
 use storage_control::slots::Nonce;
-use storage_control::{BLOCK_SIZE, Device, FileDevice, Label, OpenAs, Runtime, TestRuntime, block_on};
+use storage_control::{
+    BLOCK_SIZE, Device, DeviceName, FileDevice, Label, OpenAs, Runtime, TestRuntime, block_on,
+};
 
 use super::progress::Progress;
 use super::size;
@@ -31,17 +33,32 @@ pub(super) struct MkfsArgs {
     /// Longest life in seconds of a write that the device has accepted, where it cannot be found out
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u16).range(1..=3600))]
     io_timeout: Option<u16>,
+    /// What every node of the matrix calls the device, whatever its path there
+    #[arg(long, value_name = "NAME", default_value = FIRST_DEVICE)]
+    device_name: DeviceName,
     /// Overwrite another filesystem, and one that is in use
     #[arg(long)]
     force: bool,
 }
+
+/// The name of a matrix's first device, where the user gives none.
+const FIRST_DEVICE: &str = "disk1";
 
 /// What to make.
 pub(super) struct Plan<'a> {
     pub(super) size: Option<u64>,
     pub(super) label: &'a str,
     pub(super) io_timeout: Option<Duration>,
+    pub(super) device_name: DeviceName,
     pub(super) force: bool,
+}
+
+impl Plan<'_> {
+    /// What is made where the user only says that.
+    pub(super) fn plain() -> Plan<'static> {
+        let device_name = FIRST_DEVICE.parse().expect("a name");
+        Plan { size: None, label: "", io_timeout: None, device_name, force: false }
+    }
 }
 
 pub(super) fn run(args: MkfsArgs) -> Result<ExitCode, Failure> {
@@ -49,14 +66,16 @@ pub(super) fn run(args: MkfsArgs) -> Result<ExitCode, Failure> {
         size: args.size,
         label: &args.label,
         io_timeout: args.io_timeout.map(|s| Duration::from_secs(s.into())),
+        device_name: args.device_name,
         force: args.force,
     };
     let label = make(&args.path, &plan)?;
     println!(
-        "{}: {} filesystem {}, for up to {} nodes",
+        "{}: {} filesystem {} on device {}, for up to {} nodes",
         args.path.display(),
         size::show(label.device_blocks * BLOCK_SIZE as u64),
         label.fs,
+        plan.device_name,
         label.quorum.slots,
     );
     Ok(ExitCode::SUCCESS)
@@ -115,8 +134,11 @@ async fn write(device: &FileDevice, plan: &Plan<'_>) -> Result<Label, String> {
     let prepare =
         PrepareOptions { text: plan.label.to_string(), io_timeout: plan.io_timeout, force: plan.force };
     let journals = mfs::mkfs::journals_for(shared.blocks());
-    let nobody = membership::codec::encode_view(&View::empty(journals));
-    let label = mkfs::prepare(&shared, device, times, &runtime, &prepare, &|_| nobody.clone()).await;
+    let nobody = |label: &Label| {
+        let names = NamingDatabase::of_one(plan.device_name.clone(), label.device, label.device_blocks);
+        membership::codec::encode_view(&View::empty(journals, names))
+    };
+    let label = mkfs::prepare(&shared, device, times, &runtime, &prepare, &nobody).await;
     let label = label.map_err(|e| text(&e))?;
     let options = mfs::mkfs::Options {
         blocks: label.device_blocks,

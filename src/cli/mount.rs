@@ -26,7 +26,8 @@ pub(super) struct MountArgs {
     /// Address other nodes reach this one at; port 0 takes any [default: this host's first address]
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
-    /// Mount options: ro, noatime, nosuid, nodev, noexec, sync, dirsync, fence=auto|lease, io_timeout=SECONDS
+    /// Mount options: ro, noatime, nosuid, nodev, noexec, sync, dirsync, fence=auto|lease, io_timeout=SECONDS,
+    /// device=NAME (refuse any other device of the matrix)
     #[arg(short = 'o', value_name = "OPTIONS")]
     options: Vec<String>,
     /// Stay in the foreground and log to standard error

@@ -21,6 +21,7 @@ use storage_control::slots::{Look, PeerSet, SlotKeeper, SlotRecord, SlotState};
 use storage_control::{BoxFuture, Clock, CloseReason, Gate, GateRefused, Instant, NodeId, Register, Runtime};
 
 use super::ClusterHooks;
+use super::devices::Opened;
 use super::fencing::{Fencing, unread};
 use super::register::{read, write};
 use super::renewal::{News, Publication};
@@ -84,6 +85,7 @@ pub(super) struct Driver {
     pub(super) keeper: SlotKeeper,
     pub(super) gate: Gate,
     pub(super) register: Register,
+    pub(super) opened: Opened,
     pub(super) runtime: Arc<dyn Runtime>,
     pub(super) hooks: Arc<dyn ClusterHooks>,
     pub(super) net: Arc<Interconnect>,
@@ -350,6 +352,11 @@ impl Driver {
                 let made = self.hooks.make_journal(index);
                 self.spawn(async move { Event::Input(Input::JournalMade { index, result: made.await }) });
             }
+            Output::FindDevices(view) => {
+                let (version, names) = (view.names.version, view.names.clone());
+                let found = self.opened.clone().find(names);
+                self.spawn(async move { Event::Input(Input::DevicesFound { version, result: found.await }) });
+            }
             Output::ReviveLease => {
                 // If it is too late already, the next renewal says so again.
                 let revived = self.keeper.revive(self.state.read_began);
@@ -361,7 +368,7 @@ impl Driver {
             Output::CloseGate(reason) => {
                 let why = match &reason {
                     Reason::Excluded(_) => CloseReason::Excluded,
-                    Reason::Unrecoverable { .. } | Reason::NoJournal => {
+                    Reason::Unrecoverable { .. } | Reason::Devices(_) | Reason::NoJournal => {
                         CloseReason::Withdrawn(reason.to_string())
                     }
                 };
@@ -451,6 +458,10 @@ impl Driver {
             }
             Notice::WaitingForAdm(node) => format!("waiting for a connection to node {node}, the ADM"),
             Notice::NotYet(refusal) => format!("not admitted yet: {refusal}"),
+            Notice::DevicesMissing(why) => format!("this node cannot become ADM: {why}"),
+            Notice::NoCandidate => {
+                "the ADM is lost, and no member that is heard here knows all devices of the matrix".to_owned()
+            }
             Notice::Excluding(nodes) => {
                 let nodes: Vec<String> = nodes.iter().map(NodeId::to_string).collect();
                 format!("excluding node {}", nodes.join(", "))

@@ -6,6 +6,7 @@
 //!
 //! Threads: the renewal (nothing else may delay it), the driver of the membership core, the interconnect.
 
+mod devices;
 mod driver;
 mod fencing;
 mod inbox;
@@ -28,14 +29,15 @@ use storage_control::lease::LeaseTimes;
 use storage_control::process::ProcessIdentity;
 use storage_control::slots::{ClaimError, Claimant, SlotArea, SlotKeeper, SlotLocks, Watch};
 use storage_control::{
-    BoxFuture, Clock, Gate, Generation, Incarnation, Instant, Label, LamportClock, NodeId, Register, Runtime,
-    WriteLife,
+    BoxFuture, Clock, DeviceName, Gate, Generation, Incarnation, Instant, Label, LamportClock, NodeId,
+    Register, Runtime, WriteLife,
 };
 
 pub(crate) use driver::{Progress, Shown};
 pub(crate) use fencing::FenceChoice;
 
 use crate::interconnect::{Interconnect, NodeKey, Setup, Stats, Who};
+use devices::Opened;
 use driver::{Driver, Event, MAX_EVENTS};
 use fencing::Fencing;
 use inbox::Inbox;
@@ -89,6 +91,8 @@ pub(crate) struct Config {
     pub(crate) advertise: Option<SocketAddr>,
     /// Holds the node's key.
     pub(crate) run_dir: PathBuf,
+    /// The name that the device must have in the matrix, where the operator gave one.
+    pub(crate) device: Option<DeviceName>,
     /// Which fence methods to use.
     pub(crate) fence: FenceChoice,
 }
@@ -240,12 +244,18 @@ impl Claimed {
             publication: Arc::clone(&publication),
             events: events.clone(),
         };
+        let opened = Opened {
+            label: self.storage.label.clone(),
+            device: self.storage.gate.register_device(),
+            expected: self.config.device,
+        };
         let driver = Driver {
             me,
             core: Membership::new(applicant, self.storage.label.quorum.slots, self.runtime.now()),
             keeper: self.keeper,
             gate: self.storage.gate.clone(),
             register,
+            opened,
             runtime: self.runtime,
             hooks,
             net: Arc::clone(&net),

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, Sender as StdSender, channel};
 use std::time::{Duration, Instant as StdInstant};
 
+use membership::NamingDatabase;
 use storage_control::mkfs::{self, PrepareOptions};
 use storage_control::{Device, FileDevice, OpenAs, TestRuntime, block_on};
 
@@ -96,12 +97,15 @@ impl Image {
         let runtime: Arc<dyn Runtime> = Arc::new(TestRuntime::new());
         let times = LeaseTimes { write_life: device.medium().write_life(None) };
         let shared: Arc<dyn Device> = Arc::new(device.clone());
-        let body = membership::codec::encode_view(&View::empty(1));
+        let disk1: DeviceName = "disk1".parse().expect("a name");
+        let body = |label: &Label| {
+            let names = NamingDatabase::of_one(disk1.clone(), label.device, label.device_blocks);
+            membership::codec::encode_view(&View::empty(1, names))
+        };
         let options = PrepareOptions { text: String::new(), io_timeout: None, force: false };
         block_on(async {
-            let label = mkfs::prepare(&shared, &device, times, &runtime, &options, &|_| body.clone())
-                .await
-                .expect("prepared");
+            let label =
+                mkfs::prepare(&shared, &device, times, &runtime, &options, &body).await.expect("prepared");
             mkfs::finish(&*shared, &device, times, &*runtime, &label).await.expect("finished");
         });
         image
@@ -130,6 +134,7 @@ impl Image {
             listen: "127.0.0.1:0".parse().expect("an address"),
             advertise: None,
             run_dir,
+            device: None,
             fence,
         };
         let claimed = block_on(claim(storage, config, Arc::default(), runtime)).expect("a slot");

@@ -170,6 +170,7 @@ async fn join(
         listen,
         advertise,
         run_dir: request.run_dir.clone(),
+        device: request.options.device.clone(),
         fence: match request.options.fence {
             FenceMethod::Auto => FenceChoice::All,
             FenceMethod::Lease => FenceChoice::LeaseOnly,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use storage_control::DeviceName;
 
 /// Which methods may prove that another node no longer writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,8 @@ pub(crate) struct MountOptions {
     pub(crate) fence: FenceMethod,
     /// Longest life of a write the device accepted, where it cannot be found out.
     pub(crate) io_timeout: Option<Duration>,
+    /// The name that the device must have in its matrix.
+    pub(crate) device: Option<DeviceName>,
 }
 
 /// Options of mount(8) and fstab that mean nothing to the filesystem.
@@ -62,12 +65,15 @@ impl MountOptions {
             ("fence", Some("lease")) => self.fence = FenceMethod::Lease,
             ("fence", _) => return Err("option fence: write fence=auto or fence=lease".into()),
             ("io_timeout", Some(value)) => self.io_timeout = Some(seconds(value)?),
+            ("device", Some(name)) => {
+                self.device = Some(name.parse().map_err(|e| format!("option device: {e}"))?);
+            }
             (name, None) if KERNEL.contains(&name) => self.kernel.push(name.to_string()),
             (name, None) if IGNORED.contains(&name) || name.starts_with("x-") => {}
             (name, Some(_)) if name.starts_with("x-") => {}
             _ => {
                 return Err(format!(
-                    "unknown mount option '{option}': known are ro, rw, noatime, relatime, nosuid, nodev, noexec, sync, dirsync, fence=auto|lease, io_timeout=SECONDS"
+                    "unknown mount option '{option}': known are ro, rw, noatime, relatime, nosuid, nodev, noexec, sync, dirsync, fence=auto|lease, io_timeout=SECONDS, device=NAME"
                 ));
             }
         }
@@ -90,20 +96,21 @@ mod tests {
     fn options_are_read_and_later_ones_win() {
         let options = MountOptions::parse(&[
             "ro,noatime,_netdev",
-            "fence=lease,rw,nodev,io_timeout=5,x-systemd.automount",
+            "fence=lease,rw,nodev,io_timeout=5,device=disk1,x-systemd.automount",
         ]);
         let options = options.expect("all known");
         assert!(!options.read_only && options.no_atime);
         assert_eq!(options.kernel, ["nodev"]);
         assert_eq!(options.fence, FenceMethod::Lease);
         assert_eq!(options.io_timeout, Some(Duration::from_secs(5)));
+        assert_eq!(options.device.as_ref().map(DeviceName::as_str), Some("disk1"));
     }
 
     #[test]
     fn unknown_options_are_refused_by_name() {
         let error = MountOptions::parse(&["bogus=1"]).expect_err("unknown");
         assert!(error.contains("bogus=1"), "{error}");
-        for bad in ["fence=none", "io_timeout=0", "io_timeout=x", "ro=1"] {
+        for bad in ["fence=none", "io_timeout=0", "io_timeout=x", "ro=1", "device", "device=/dev/sdb"] {
             assert!(MountOptions::parse(&[bad]).is_err(), "{bad}");
         }
     }

@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use dlm::{Body, Dlm, Entry, EntryAsk, Epoch, Mode, Op, Output, Refusal, Resource, Value, ValueBlock};
 use membership::codec::{decode_message, decode_view, encode_message, encode_view};
-use membership::frame::{Channel, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES};
+use membership::frame::{Channel, HEADER_BYTES, Header, MAX_PAYLOAD_BYTES, PROTOCOL_VERSION};
 use membership::{
-    Applicant, CasOutcome, Input, Membership, Message, NodeSet, Output as Said, ShardMap, SlotSeen, View,
+    Applicant, CasOutcome, Input, Membership, Message, NamingDatabase, NodeSet, Output as Said, ShardMap,
+    SlotSeen, View,
 };
-use storage_control::{Clock, Generation, Incarnation, Instant, NodeId};
+use storage_control::{Clock, DeviceId, Generation, Incarnation, Instant, NodeId};
 
 use crate::random::Random;
 
@@ -221,6 +222,9 @@ impl Member {
                     Input::ReplayDone { node, incarnation, result: Ok(()) }
                 }
                 Said::MakeJournal { index } => Input::JournalMade { index, result: Ok(()) },
+                Said::FindDevices(view) => {
+                    Input::DevicesFound { version: view.names.version, result: Ok(()) }
+                }
                 Said::CloseGate(why) => panic!("a member was talked out of the matrix: {why}"),
                 Said::Refused(why) => panic!("a member was refused: {why}"),
                 Said::Left => panic!("a member left unasked"),
@@ -256,7 +260,8 @@ impl Member {
 
 /// A matrix of nodes 0 to 2 in the register, node 0 its ADM.
 fn formed() -> Member {
-    let mut adm = Member::new(0, &[], (1, Arc::new(View::empty(1))));
+    let names = NamingDatabase::of_one("disk1".parse().expect("a name"), DeviceId([1; 16]), 20_000);
+    let mut adm = Member::new(0, &[], (1, Arc::new(View::empty(1, names))));
     adm.pass(60_000);
     assert!(adm.is_member(), "it forms the matrix alone");
     adm.others = vec![1, 2];
@@ -264,7 +269,9 @@ fn formed() -> Member {
     for node in 1..3 {
         adm.take(Input::Connected { node: NodeId(node), incarnation: Incarnation(1) });
         let generation = adm.register.1.generation;
-        let join = Message::Join { applicant: applicant(node), version: 1, generation, healthy: true };
+        let names = adm.register.1.names.version;
+        let (applicant, version) = (applicant(node), PROTOCOL_VERSION);
+        let join = Message::Join { applicant, version, generation, healthy: true, names };
         adm.receive(NodeId(node), join);
         adm.pass(500);
     }
@@ -284,8 +291,12 @@ fn membership_message(random: &mut Random, view: &View) -> Message {
             sequence: draw(random, 20),
             heard: NodeSet([random.next(), random.next(), 0, 0]),
             healthy: random.chance(80),
+            names: random.chance(80).then_some(generation),
         },
-        2 => Message::Join { applicant: applicant(node.0 % 64), version: 1, generation, healthy: true },
+        2 => {
+            let (applicant, version) = (applicant(node.0 % 64), PROTOCOL_VERSION);
+            Message::Join { applicant, version, generation, healthy: true, names: view.names.version }
+        }
         3 => Message::Refused(membership::Refusal::Ended),
         4 => Message::Register { sequence: draw(random, 20), view: Box::new(view.clone()) },
         5 => Message::Leave,

@@ -146,11 +146,15 @@ impl Membership {
             }
         }
         if self.phase == Phase::Leaving && !replaying(next, self.who()) {
-            next.leave(self.me.node);
-            if let Some(successor) = next.members.keys().next() {
-                next.adm = *successor;
+            let mut without = next.clone();
+            without.leave(self.me.node);
+            let successor = self.eligible(&without).first().copied();
+            // Where others are left and none can take the office, it is kept until one can.
+            if let Some(adm) = successor.or(without.members.is_empty().then_some(next.adm)) {
+                without.adm = adm;
+                *next = without;
+                gone = true;
             }
-            gone = true;
         }
         gone
     }
@@ -236,6 +240,10 @@ impl Membership {
         if theirs != current.generation.0 {
             let ours = current.generation;
             return Admission::Refuse(Refusal::WrongGeneration { theirs: application.generation, ours });
+        }
+        if application.names != current.names.version {
+            let ours = current.names.version;
+            return Admission::Refuse(Refusal::NamesUnknown { theirs: application.names, ours });
         }
         if next.members.len() >= usize::from(self.slots) {
             return Admission::Refuse(Refusal::Full(self.slots));

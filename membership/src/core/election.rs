@@ -4,6 +4,8 @@
 //! permits, or undoes; the candidate commits, and excludes the lost ADM in the same write. Every step is a
 //! compare-and-set, so two coordinators do no harm. A candidate that does not finish in time is passed over, its
 //! generation stays burnt.
+//!
+//! The coordinator picks the lowest member of those that know the naming database (SMS-10) and have not recently failed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use std::time::Duration;
 use storage_control::{Generation, Incarnation, Instant, NodeId};
 
 use super::watch::Judgement;
-use super::{Membership, coordinator};
+use super::{Membership, Notice, coordinator};
 use crate::message::Message;
 use crate::times::{CANDIDATE_REST_MS, ELECTION_MS, HEARTBEAT_MS, ms};
 use crate::view::{Candidate, View};
@@ -103,7 +105,7 @@ impl Membership {
         }
     }
 
-    /// Picks a candidate: the lowest member that is not lost and has not recently failed.
+    /// Picks a candidate, see the module's header.
     fn pick(&mut self, view: &Arc<View>, judgement: &Judgement) {
         if let Some((node, since)) = self.election.asked
             && self.now.since(since) >= ms(ELECTION_MS)
@@ -111,9 +113,15 @@ impl Membership {
             self.election.failed.insert(node, self.now);
             self.election.asked = None;
         }
-        let fit = |node: &NodeId| !judgement.out.contains(node) && !self.election.has_failed(self.now, *node);
-        // Where all have failed, the coordinator itself tries again: somebody must.
-        let chosen = view.members.keys().copied().find(fit).unwrap_or(self.me.node);
+        let me = self.me.node;
+        let mut may = self.eligible(view);
+        may.retain(|node| !judgement.out.contains(node));
+        let fit = |node: &&NodeId| !self.election.has_failed(self.now, **node);
+        // Where nobody is fit, the coordinator itself tries all the same, or the first that may: somebody must.
+        let anyway = || may.iter().find(|node| **node == me).or(may.first());
+        let Some(chosen) = may.iter().find(fit).or_else(anyway).copied() else {
+            return self.notice(Notice::NoCandidate);
+        };
         if chosen == self.me.node {
             return self.take_candidacy(view);
         }
@@ -147,7 +155,11 @@ impl Membership {
         }
     }
 
+    /// Only with the naming database known: a change of devices is a new generation, which ends the candidacy.
     fn take_candidacy(&mut self, view: &View) {
+        if !self.knows_names(view) {
+            return;
+        }
         let mut next = view.clone();
         next.nominate(self.me.node, self.me.incarnation);
         self.write(next);

@@ -75,6 +75,13 @@ pub enum Input {
         /// Made and stable, or the reason.
         result: Result<(), String>,
     },
+    /// Answers [`Output::FindDevices`].
+    DevicesFound {
+        /// The version of the naming database.
+        version: Generation,
+        /// Every device of it is here, or what is wrong.
+        result: Result<(), String>,
+    },
     /// The lease ran out although the slot was renewed again since. While this is open the gate stays shut.
     LeaseLapsed,
     /// The operator unmounts: locks are given up, the journal is empty.
@@ -95,7 +102,7 @@ pub enum CasOutcome {
 }
 
 /// Something to do. Outputs are to be carried out in order; those that take time (`ReadRegister`, `Cas`, `Probe`,
-/// `Fence`, `Replay`, `MakeJournal`) are started in order and run beside the others.
+/// `Fence`, `Replay`, `MakeJournal`, `FindDevices`) are started in order and run beside the others.
 #[derive(Clone, Debug)]
 pub enum Output {
     /// Read the register with a completed ballot that begins after this output.
@@ -159,6 +166,8 @@ pub enum Output {
         /// Its number.
         index: u16,
     },
+    /// Find every device of this view's naming database, by the id in its label.
+    FindDevices(Arc<View>),
     /// The lapsed lease may be taken up again: a completed ballot that began after the lapse shows this incarnation a
     /// member still.
     ReviveLease,
@@ -186,6 +195,9 @@ pub enum CloseReason {
         /// Its number.
         journal: u16,
     },
+    /// A device of the matrix is not here, or what was to be mounted is none.
+    #[error("{0}")]
+    Devices(String),
     /// The filesystem has no journal at all.
     #[error("the filesystem has no clean journal and no node that could make one: run matrix fsck")]
     NoJournal,
@@ -200,6 +212,10 @@ pub enum Notice {
     WaitingForAdm(NodeId),
     /// Refused for now; asked again.
     NotYet(Refusal),
+    /// A device of the current naming database is not here: this node cannot become ADM. Looked for again.
+    DevicesMissing(String),
+    /// The ADM is lost, and no member is known to know the naming database.
+    NoCandidate,
     /// Members were excluded.
     Excluding(Vec<NodeId>),
     /// A fence failed; it is tried again.
@@ -246,6 +262,8 @@ pub struct Snapshot {
     pub register: Option<(u64, Arc<View>)>,
     /// How every other member looks.
     pub standings: Vec<(NodeId, Standing)>,
+    /// The members that are known to know the current naming database, this node among them.
+    pub knowing: Vec<NodeId>,
     /// The node that decides what is decided without the ADM.
     pub coordinator: Option<NodeId>,
 }

@@ -15,6 +15,7 @@ mod administer;
 mod clique;
 mod election;
 mod io;
+mod naming;
 mod outside;
 mod talk;
 mod watch;
@@ -71,6 +72,7 @@ struct Application {
     version: u16,
     generation: Generation,
     healthy: bool,
+    names: Generation,
 }
 
 /// See the module.
@@ -95,6 +97,8 @@ pub struct Membership {
     fences: BTreeMap<Who, Work>,
     replays: BTreeMap<Who, Work>,
     journal: Option<(u16, Work)>,
+    /// The version of the naming database whose devices were looked for, and whether all are here.
+    names: Option<(Generation, Work)>,
     applications: BTreeMap<NodeId, Application>,
     leavers: BTreeSet<Who>,
     /// Members whose connection broke: what was on its way is lost.
@@ -129,6 +133,7 @@ impl Membership {
             fences: BTreeMap::new(),
             replays: BTreeMap::new(),
             journal: None,
+            names: None,
             applications: BTreeMap::new(),
             leavers: BTreeSet::new(),
             broken: BTreeSet::new(),
@@ -196,8 +201,15 @@ impl Membership {
             .map(|member| (member.node, self.watch.standing(self.now, member.node, member.incarnation)))
             .collect();
         let judgement = view.as_ref().map(|view| self.watch.judge(self.now, view)).unwrap_or_default();
+        let knowing = view.as_ref().map(|view| self.eligible(view)).unwrap_or_default();
         let coordinator = view.and_then(|view| coordinator(&view, &judgement));
-        Snapshot { phase: self.phase.clone(), register: self.register.clone(), standings, coordinator }
+        Snapshot {
+            phase: self.phase.clone(),
+            register: self.register.clone(),
+            standings,
+            knowing,
+            coordinator,
+        }
     }
 
     fn who(&self) -> Who {
@@ -266,6 +278,7 @@ impl Membership {
                 self.next_ask = now;
             }
             Input::JournalMade { index, result } => self.journal = Some((index, Work::ended(result, now))),
+            Input::DevicesFound { version, result } => self.devices_found(version, result),
             Input::LeaseLapsed => {
                 if self.lease == Lease::Held {
                     self.lease = Lease::Lapsed;
@@ -348,6 +361,8 @@ impl Membership {
         let before = self.shown.replace(Arc::clone(&view));
         if before.as_ref().is_none_or(|before| before.generation != view.generation) {
             self.out.push_back(Output::InstallView(Arc::clone(&view)));
+            // New members learn at once how this one is.
+            self.next_beat = self.now;
         }
         let Some(before) = before else { return };
         let stopped = |view: &View, who: Who| {
@@ -401,6 +416,12 @@ impl Membership {
                 Phase::Starting | Phase::Outside | Phase::Over => Judgement::default(),
             };
             match self.phase {
+                Phase::Outside | Phase::Member | Phase::Leaving => self.find_devices(&view),
+                Phase::Starting | Phase::Over => {}
+            }
+            match self.phase {
+                // The names of the devices come first (SMS-7).
+                Phase::Outside if !self.knows_names(&view) => {}
                 Phase::Outside => self.outside(&view),
                 Phase::Member | Phase::Leaving => self.member(&view, &judgement),
                 Phase::Starting | Phase::Over => {}

@@ -1,4 +1,5 @@
-//! The way in: joining a matrix that lives, or forming one where nobody does (SMS-7).
+//! The way in: joining a matrix that lives, or forming one where nobody does (SMS-7). Only a node that knows the naming
+//! database comes this far.
 //!
 //! A former takes the candidacy in the register before it touches anything; only the candidate fences and replays
 //! while there are no members. It becomes a member, and its view is installed, when no recovery is open. A former
@@ -80,6 +81,7 @@ impl Membership {
             version: PROTOCOL_VERSION,
             generation: view.generation,
             healthy: self.watch.healthy(self.now),
+            names: view.names.version,
         };
         self.send(adm.node, message);
     }

@@ -28,10 +28,15 @@ impl Membership {
     pub(super) fn received(&mut self, from: Who, message: Message) {
         let (node, incarnation) = from;
         match message {
-            Message::Heartbeat { sequence, .. } => self.compare(from, sequence),
-            Message::Join { applicant, version, generation, healthy } => {
+            Message::Heartbeat { sequence, names, healthy: _, heard: _ } => {
+                self.watch.said(from, names);
+                self.compare(from, sequence);
+            }
+            Message::Join { applicant, version, generation, healthy, names } => {
                 if (applicant.node, applicant.incarnation) == from {
-                    self.applications.insert(node, Application { applicant, version, generation, healthy });
+                    self.watch.said(from, Some(names));
+                    let application = Application { applicant, version, generation, healthy, names };
+                    self.applications.insert(node, application);
                 } else {
                     self.send(node, Message::Refused(Refusal::WrongKey));
                 }
@@ -89,9 +94,10 @@ impl Membership {
     pub(super) fn heartbeat(&mut self) {
         let Some((sequence, view)) = self.register.clone() else { return };
         let (heard, healthy) = self.publication();
+        let names = self.names_known();
         for member in view.members.values() {
             if self.watch.is_connected(member.node, member.incarnation) {
-                self.send(member.node, Message::Heartbeat { sequence, heard, healthy });
+                self.send(member.node, Message::Heartbeat { sequence, heard, healthy, names });
             }
         }
     }

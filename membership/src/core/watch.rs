@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use storage_control::{Incarnation, Instant, NodeId};
+use storage_control::{Generation, Incarnation, Instant, NodeId};
 
 use super::clique;
 use crate::message::NodeSet;
@@ -47,6 +47,14 @@ pub(crate) struct Peer {
     heard: Instant,
     pub(crate) connected: Option<Incarnation>,
     pub(crate) proven_dead: Option<Incarnation>,
+    says: Option<Says>,
+}
+
+/// What a node last said of itself over the network.
+#[derive(Clone, Copy, Debug)]
+struct Says {
+    incarnation: Incarnation,
+    names: Option<Generation>,
 }
 
 /// How a member looks from here.
@@ -154,6 +162,20 @@ impl Watch {
 
     pub(crate) fn proven_dead(&mut self, node: NodeId, incarnation: Incarnation) {
         self.peers.entry(node).or_default().proven_dead = Some(incarnation);
+    }
+
+    /// What an incarnation says of the naming database.
+    pub(crate) fn said(&mut self, (node, incarnation): (NodeId, Incarnation), names: Option<Generation>) {
+        self.peers.entry(node).or_default().says = Some(Says { incarnation, names });
+    }
+
+    fn says(&self, node: NodeId, incarnation: Incarnation) -> Option<Says> {
+        self.peers.get(&node)?.says.filter(|says| says.incarnation == incarnation)
+    }
+
+    /// The version of the naming database that it says it knows.
+    pub(crate) fn names_known(&self, node: NodeId, incarnation: Incarnation) -> Option<Generation> {
+        self.says(node, incarnation)?.names
     }
 
     pub(crate) fn is_connected(&self, node: NodeId, incarnation: Incarnation) -> bool {

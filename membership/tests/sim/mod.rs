@@ -2,6 +2,8 @@
 //!
 //! What is checked is written in `World::check_*`; each says which of the safety sentences it stands for.
 
+mod devices;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use membership::times::{HEARTBEAT_MS, LEASE_MS, RENEW_MS};
 use membership::{
     Applicant, CasOutcome, FenceState, Input, Membership, Message, Output, Phase, SlotSeen, View,
 };
-use storage_control::{Incarnation, Instant, NodeId};
+use storage_control::{Generation, Incarnation, Instant, NodeId};
 
 type Who = (NodeId, Incarnation);
 
@@ -56,6 +58,7 @@ enum Event {
     Peek(Who),
     Dial(Who),
     Give(Who, Input),
+    Devices(Who, Generation, Result<(), String>),
     CasLands {
         by: Who,
         expected: u64,
@@ -127,6 +130,8 @@ pub(crate) struct World {
     /// Who has asked to leave.
     leaving: BTreeSet<Who>,
     left: BTreeSet<Who>,
+    /// The newest version of the naming database whose devices each incarnation has found.
+    knows: BTreeMap<Who, Generation>,
     /// The latest generation of whose messages some may have been lost.
     lost_in: u64,
     trouble_until: u64,
@@ -146,7 +151,7 @@ impl World {
             events: BTreeMap::new(),
             nodes: BTreeMap::new(),
             slots: BTreeMap::new(),
-            register: (1, Arc::new(View::empty(1))),
+            register: (1, Arc::new(View::empty(1, devices::names()))),
             links: BTreeMap::new(),
             next_link: 0,
             ended: BTreeMap::new(),
@@ -157,6 +162,7 @@ impl World {
             recovered: BTreeSet::new(),
             leaving: BTreeSet::new(),
             left: BTreeSet::new(),
+            knows: BTreeMap::new(),
             lost_in: 0,
             trouble_until: 0,
             trace: Vec::new(),
@@ -238,6 +244,7 @@ impl World {
             }
             Event::Dial(who) => self.dial(who),
             Event::Give(who, input) => self.give(who, input),
+            Event::Devices(who, version, result) => self.devices_found(who, version, result),
             Event::CasLands { by, expected, view, lost } => self.cas_lands(by, expected, view, lost),
             Event::ReadLands(who) => {
                 if self.disk_blocked.contains(&who.0) {
@@ -481,6 +488,7 @@ impl World {
                 self.fail("a generation with two meanings");
             }
         }
+        self.check_names(&before, &view);
         self.generations.insert(view.generation.0, Arc::clone(&view));
         for member in before.members.values() {
             let who = (member.node, member.incarnation);
@@ -667,6 +675,7 @@ impl World {
                 let result = Ok(());
                 self.after(delay * 5, Event::Give(who, Input::JournalMade { index, result }));
             }
+            Output::FindDevices(view) => self.find_devices(who, view.names.version, delay),
             Output::ReviveLease => {
                 let now = self.now;
                 let node = self.nodes.get_mut(&who.0).expect("a running node");
@@ -727,7 +736,7 @@ impl World {
         let next = 200 + self.random.below(6_000);
         self.after(next * MS, Event::Trouble);
         let id = NodeId(self.random.below(u64::from(self.scenario.nodes)) as u16);
-        match self.random.below(11) {
+        match self.random.below(12) {
             0 | 1 => {
                 self.kill(id);
                 let delay = self.random.below(9_000) * MS;
@@ -780,6 +789,7 @@ impl World {
                 self.blocked.clear();
             }
             7 | 8 => self.break_link(),
+            10 => self.change_devices(),
             9 => {
                 if self.random.chance(50) {
                     self.note(format!("the disk is away from {id}"));
