@@ -1,8 +1,9 @@
-//! Who does not know the names of all devices does not become ADM (SMS-10): small stories, told to a single core.
+//! Who does not know the names of all devices does not become ADM (SMS-10), and what else makes a node fit for the office
+//! (SMS-6): small stories, told to a single core.
 
 mod story;
 
-use membership::times::{ELECTION_MS, HEARTBEAT_MS, RETRY_MS};
+use membership::times::{ELECTION_MS, HEARTBEAT_MS, RETRY_MS, STALL_MS};
 use membership::{CloseReason, Input, Message, Notice, Output, Phase, Refusal, View};
 use storage_control::{Generation, Incarnation, NodeId};
 
@@ -186,4 +187,32 @@ fn an_answer_about_names_of_the_past_is_not_taken_for_the_present() {
     story.give(Input::DevicesFound { version: past, result: Ok(()) });
     lose_adm(&mut story);
     assert_eq!((candidate(&story), nominated(&story)), (None, vec![NodeId(2)]));
+}
+
+/// SMS-6: the candidate reaches the storage. The coordinator is not the candidate where it does not itself.
+#[test]
+fn a_coordinator_that_does_not_reach_its_storage_picks_another_at_once() {
+    let mut story = four();
+    let others = std::mem::take(&mut story.alive);
+    for _ in 0..STALL_MS / 100 + 2 {
+        story.now_ms += 100;
+        for slot in &others {
+            let names = Some(Generation(0));
+            let message = Message::Heartbeat { sequence: 0, heard: slot.heard, healthy: true, names };
+            story.give(Input::Received { node: slot.node, incarnation: slot.incarnation, message });
+        }
+    }
+    lose_adm(&mut story);
+    assert_eq!((candidate(&story), nominated(&story)), (None, vec![NodeId(2)]));
+}
+
+#[test]
+fn a_member_that_does_not_reach_its_storage_is_passed_over() {
+    let mut story = four();
+    story.devices = None;
+    story.renew(rename);
+    story.alive[1].healthy = false;
+    story.pass(HEARTBEAT_MS);
+    lose_adm(&mut story);
+    assert_eq!(nominated(&story), [NodeId(3)]);
 }

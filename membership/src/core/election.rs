@@ -5,7 +5,9 @@
 //! compare-and-set, so two coordinators do no harm. A candidate that does not finish in time is passed over, its
 //! generation stays burnt.
 //!
-//! The coordinator picks the lowest member of those that know the naming database (SMS-10) and have not recently failed.
+//! The coordinator picks the lowest member of those that know the naming database (SMS-10), reach the storage and have
+//! not recently failed; itself, where it is one of them. So another is picked at once where the coordinator itself
+//! cannot serve, and not only after a failed attempt.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -113,10 +115,14 @@ impl Membership {
             self.election.failed.insert(node, self.now);
             self.election.asked = None;
         }
-        let me = self.me.node;
+        let (now, me) = (self.now, self.me.node);
         let mut may = self.eligible(view);
         may.retain(|node| !judgement.out.contains(node));
-        let fit = |node: &&NodeId| !self.election.has_failed(self.now, **node);
+        let fit = |node: &&NodeId| {
+            let member = &view.members[*node];
+            let reaches = self.watch.reaches_storage(now, member.node, member.incarnation);
+            reaches && !self.election.has_failed(now, **node)
+        };
         // Where nobody is fit, the coordinator itself tries all the same, or the first that may: somebody must.
         let anyway = || may.iter().find(|node| **node == me).or(may.first());
         let Some(chosen) = may.iter().find(fit).or_else(anyway).copied() else {

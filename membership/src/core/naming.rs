@@ -1,4 +1,4 @@
-//! Who knows the naming database, and is therefore fit for the office of ADM (SMS-10).
+//! Who knows the naming database, and is therefore fit for the office of ADM (SMS-6, SMS-10).
 //!
 //! A node knows the version of which it has itself found every device; of others it believes what they last said. One
 //! that does not know the current version neither joins nor forms nor stands, and is not handed the office. Its own
@@ -66,9 +66,13 @@ impl Membership {
         self.watch.names_known(member.node, member.incarnation) == Some(view.names.version)
     }
 
-    /// The members that may be ADM, by slot.
+    /// The members that may be ADM; those that reach the storage first, then by slot.
     pub(super) fn eligible(&self, view: &View) -> Vec<NodeId> {
+        let reaches =
+            |member: &&Member| self.watch.reaches_storage(self.now, member.node, member.incarnation);
         let may = view.members.values().filter(|member| self.may_be_adm(view, member));
-        may.map(|member| member.node).collect()
+        let (mut first, then): (Vec<&Member>, Vec<&Member>) = may.partition(reaches);
+        first.extend(then);
+        first.into_iter().map(|member| member.node).collect()
     }
 }

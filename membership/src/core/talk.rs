@@ -28,13 +28,13 @@ impl Membership {
     pub(super) fn received(&mut self, from: Who, message: Message) {
         let (node, incarnation) = from;
         match message {
-            Message::Heartbeat { sequence, names, healthy: _, heard: _ } => {
-                self.watch.said(from, names);
+            Message::Heartbeat { sequence, healthy, names, heard: _ } => {
+                self.watch.said(from, healthy, names);
                 self.compare(from, sequence);
             }
             Message::Join { applicant, version, generation, healthy, names } => {
                 if (applicant.node, applicant.incarnation) == from {
-                    self.watch.said(from, Some(names));
+                    self.watch.said(from, healthy, Some(names));
                     let application = Application { applicant, version, generation, healthy, names };
                     self.applications.insert(node, application);
                 } else {

@@ -54,6 +54,7 @@ pub(crate) struct Peer {
 #[derive(Clone, Copy, Debug)]
 struct Says {
     incarnation: Incarnation,
+    healthy: bool,
     names: Option<Generation>,
 }
 
@@ -164,9 +165,14 @@ impl Watch {
         self.peers.entry(node).or_default().proven_dead = Some(incarnation);
     }
 
-    /// What an incarnation says of the naming database.
-    pub(crate) fn said(&mut self, (node, incarnation): (NodeId, Incarnation), names: Option<Generation>) {
-        self.peers.entry(node).or_default().says = Some(Says { incarnation, names });
+    /// What an incarnation says of its storage, and of the naming database.
+    pub(crate) fn said(
+        &mut self,
+        (node, incarnation): (NodeId, Incarnation),
+        healthy: bool,
+        names: Option<Generation>,
+    ) {
+        self.peers.entry(node).or_default().says = Some(Says { incarnation, healthy, names });
     }
 
     fn says(&self, node: NodeId, incarnation: Incarnation) -> Option<Says> {
@@ -176,6 +182,15 @@ impl Watch {
     /// The version of the naming database that it says it knows.
     pub(crate) fn names_known(&self, node: NodeId, incarnation: Incarnation) -> Option<Generation> {
         self.says(node, incarnation)?.names
+    }
+
+    /// Whether it reaches the storage, by its own word and by what is seen from here (SMS-6).
+    pub(crate) fn reaches_storage(&self, now: Instant, node: NodeId, incarnation: Incarnation) -> bool {
+        if node == self.me {
+            return self.healthy(now);
+        }
+        let well = self.standing(now, node, incarnation) == Standing::Well;
+        well && self.says(node, incarnation).is_some_and(|says| says.healthy)
     }
 
     pub(crate) fn is_connected(&self, node: NodeId, incarnation: Incarnation) -> bool {
