@@ -44,6 +44,51 @@ fn mkfs_refuses_a_device_that_a_live_node_uses() {
     lab.assert_clean();
 }
 
+/// SCL-1: one name on every node, whatever the local path; SCL-4: what a user interface shows of it.
+#[test]
+fn a_device_has_one_name_on_every_node_whatever_its_path() {
+    let mut lab = Plan::nodes(2).make();
+    let image = lab.image();
+    let made = lab.matrix(&["mkfs", path(&image), "--force", "--device-name", "san7"]);
+    assert!(made.status.success() && text(&made).contains("san7"), "{}", text(&made));
+    let other = lab.dir.join("other-path.img");
+    fs::hard_link(&image, &other).expect("link");
+    lab.set_device(1, other.clone());
+    lab.set_options(1, "device=san7");
+    lab.mount(0);
+    lab.mount(1);
+    let device = |n: usize| lab.status(n)["devices"][0].clone();
+    let (here, there) = (device(0), device(1));
+    assert_eq!((here["name"].as_str(), there["name"].as_str()), (Some("san7"), Some("san7")));
+    assert!(here["uuid"].is_string() && here["uuid"] == there["uuid"], "{here} {there}");
+    assert_eq!(here["here"]["path"].as_str(), image.to_str());
+    assert_eq!(there["here"]["path"].as_str(), other.to_str());
+    assert_eq!(there["here"]["bytes"].as_u64(), Some(512 << 20));
+    for n in 0..2 {
+        let knows = |m: &serde_json::Value| m["knows_devices"] == true;
+        let all =
+            || lab.status(n)["members"].as_array().is_some_and(|all| all.len() == 2 && all.iter().all(knows));
+        wait_until("both say that they know the device", SOON, all);
+    }
+    let shown = text(&lab.matrix(&["status", path(&lab.at(1))]));
+    assert!(shown.contains("san7") && shown.contains(path(&other)), "{shown}");
+    lab.assert_clean();
+}
+
+/// SCL-1: whoever names the device that he means is told when the path leads to another.
+#[test]
+fn a_device_that_is_not_the_one_named_is_not_mounted() {
+    let mut lab = Plan::nodes(1).make();
+    lab.set_options(0, "device=san7");
+    let said = lab.try_mount(0).expect_err("another device");
+    assert!(said.contains("disk1") && said.contains("san7"), "both names: {said}");
+    lab.set_options(0, "device=disk1");
+    lab.mount(0);
+    lab.assert_clean();
+    let bad = lab.matrix(&["mkfs", path(&lab.dir.join("new")), "--size", "64M", "--device-name", "/dev/sdb"]);
+    assert_eq!(bad.status.code(), Some(2), "{}", text(&bad));
+}
+
 #[test]
 fn fsck_refuses_a_mounted_filesystem_with_its_own_exit_code() {
     let mut lab = Plan::nodes(1).start();

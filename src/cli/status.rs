@@ -8,7 +8,7 @@ use clap::Args;
 use super::query::{self, print};
 use super::{size, table};
 use crate::control::Request;
-use crate::control::report::Status;
+use crate::control::report::{Device, Status};
 use crate::failure::{Context, Failure};
 
 #[derive(Args)]
@@ -105,6 +105,20 @@ fn show(s: &Status) -> Vec<String> {
         ["SLOT", "MEMBER", "STATE", "INCARNATION", "ADDRESS", "JOURNAL", "SHARDS"],
         &members,
     ));
+    let devices: Vec<_> = s.devices.iter().map(device).collect();
+    out.push(String::new());
+    out.extend(table::lines(
+        ["DEVICE", "ID", "PATH HERE", "SIZE", "HOLDS", "KIND", "SECTOR", "I/O"],
+        &devices,
+    ));
+    let unknowing: Vec<&str> =
+        s.members.iter().filter(|m| !m.knows_devices).map(|m| m.name.as_str()).collect();
+    if !unknowing.is_empty() {
+        out.push(format!(
+            "not known to have found all devices, so cannot become ADM: {}",
+            unknowing.join(", ")
+        ));
+    }
     let recoveries: Vec<_> = s
         .recoveries
         .iter()
@@ -133,4 +147,23 @@ fn show(s: &Status) -> Vec<String> {
     out.push(String::new());
     out.extend(table::lines(["COUNTER", "SINCE MOUNT"], &counters));
     out
+}
+
+fn device(device: &Device) -> [String; 8] {
+    let none = || "-".to_string();
+    let here = device.here.as_ref();
+    let kind = here.map(|here| match &here.model {
+        Some(model) => format!("{}, {model}", here.kind),
+        None => here.kind.clone(),
+    });
+    [
+        device.name.clone(),
+        device.uuid.clone(),
+        here.map_or_else(none, |here| here.path.display().to_string()),
+        size::show(device.bytes),
+        device.role.clone(),
+        kind.unwrap_or_else(none),
+        here.and_then(|here| here.sector_bytes).map_or_else(none, |bytes| bytes.to_string()),
+        here.map_or_else(none, |here| if here.direct_io { "direct" } else { "page cache" }.to_string()),
+    ]
 }

@@ -68,6 +68,8 @@ pub(crate) struct Shown {
     pub(crate) phase: Option<Phase>,
     pub(crate) standings: Vec<(NodeId, membership::Standing)>,
     pub(crate) coordinator: Option<NodeId>,
+    /// Members that know the current naming database.
+    pub(crate) knowing: Vec<NodeId>,
     /// All slots that were ever claimed, as last read.
     pub(crate) slots: BTreeMap<NodeId, SlotRecord>,
     /// The latest notices, the newest last.
@@ -314,6 +316,7 @@ impl Driver {
         shown.phase = Some(snapshot.phase);
         shown.standings = snapshot.standings;
         shown.coordinator = snapshot.coordinator;
+        shown.knowing = snapshot.knowing;
         shown.slots.clone_from(&self.state.slots);
     }
 

@@ -18,6 +18,8 @@ pub(crate) struct Status {
     pub(crate) adm: Option<String>,
     pub(crate) coordinator: Option<String>,
     pub(crate) members: Vec<Member>,
+    /// The devices of the matrix, by name
+    pub(crate) devices: Vec<Device>,
     pub(crate) quorum: Quorum,
     pub(crate) lease: Lease,
     pub(crate) fencing: Fencing,
@@ -62,6 +64,37 @@ pub(crate) struct Member {
     pub(crate) shards: u32,
     /// this node, connected, or what is wrong with it
     pub(crate) state: String,
+    /// It knows the names of all devices as they are now, and can become ADM
+    pub(crate) knows_devices: bool,
+}
+
+/// One device of the matrix: what the naming database says, and what this node sees of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Device {
+    /// The same on every node
+    pub(crate) name: String,
+    /// In its label
+    pub(crate) uuid: String,
+    /// What lies on it
+    pub(crate) role: String,
+    /// Size that the matrix uses
+    pub(crate) bytes: u64,
+    /// Nothing, if this node has not opened it
+    pub(crate) here: Option<DeviceHere>,
+}
+
+/// A device as this node has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DeviceHere {
+    pub(crate) path: PathBuf,
+    /// Size of the device itself
+    pub(crate) bytes: u64,
+    /// image, loop device, block device and its number
+    pub(crate) kind: String,
+    pub(crate) model: Option<String>,
+    pub(crate) sector_bytes: Option<u32>,
+    /// I/O past the page cache
+    pub(crate) direct_io: bool,
 }
 
 /// The register that holds the view.

@@ -13,7 +13,7 @@ use mfs::fuse::{self, FuseCache, Mounted};
 use mfs::ops::Ino;
 use storage_control::gate::CloseReason;
 use storage_control::slots::SlotLocks;
-use storage_control::{Device, FileDevice, Gate, Label, LamportClock, OpenAs, Runtime, block_on};
+use storage_control::{Device, DeviceInfo, FileDevice, Gate, Label, LamportClock, OpenAs, Runtime, block_on};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
@@ -58,6 +58,8 @@ pub(crate) struct Node {
     pub(super) label: Label,
     pub(super) gate: Gate,
     pub(super) write_life: storage_control::WriteLife,
+    /// Of the device, as it was opened.
+    pub(super) info: DeviceInfo,
     pub(super) runtime: Arc<dyn Runtime>,
     pub(super) lcl: Lcl,
     pub(super) cluster: Arc<Cluster>,
@@ -90,6 +92,7 @@ impl Node {
         let label = Label::read(&file).await.context(&name)?;
         file.set_urgent_below(label.quorum.end());
         let write_life = file.medium().write_life(request.options.io_timeout.or(label.io_timeout));
+        let info = DeviceInfo::of(&file);
         let gate = Gate::new(Arc::new(file.clone()), Arc::clone(&runtime));
         let storage = Storage {
             gate: gate.clone(),
@@ -106,6 +109,7 @@ impl Node {
                 label,
                 gate,
                 write_life,
+                info,
                 runtime,
                 lcl,
                 cluster,

@@ -5,16 +5,16 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering::Relaxed;
 
 use dlm::{Mode, Resource};
-use membership::{FenceState, Phase, Standing, View};
+use membership::{FenceState, Phase, Role, Standing, View};
 use mfs::LockName;
 use storage_control::lease::LEASE_MS;
-use storage_control::{BLOCK_SIZE, NodeId, WriteLife};
+use storage_control::{BLOCK_SIZE, Medium, NodeId, WriteLife};
 
 use super::node::Node;
 use crate::cluster;
 use crate::control::report::{
-    Fencing, Filesystem, Holder, Journal, Lease, Locks, Member, Node as NodeReport, Quorum, Recovery, Status,
-    Waiter,
+    Device, DeviceHere, Fencing, Filesystem, Holder, Journal, Lease, Locks, Member, Node as NodeReport,
+    Quorum, Recovery, Status, Waiter,
 };
 
 /// Names of nodes for people: from the view, or the number.
@@ -58,6 +58,7 @@ pub(super) fn status(node: &Node) -> Status {
         adm: view.filter(|v| !v.members.is_empty()).map(|v| names.of(v.adm)),
         coordinator: seen.shown.coordinator.map(|node| names.of(node)),
         members: view.map_or_else(Vec::new, |view| members(view, &seen)),
+        devices: view.map_or_else(Vec::new, |view| devices(view, node)),
         quorum: Quorum { acceptors: 1, sequence, slots: label.quorum.slots },
         lease: Lease {
             length_ms: LEASE_MS,
@@ -104,6 +105,37 @@ fn members(view: &View, seen: &cluster::Status) -> Vec<Member> {
         journal: m.journal,
         shards: view.shards.of(m.node).len() as u32,
         state: state(m.node).to_string(),
+        knows_devices: seen.shown.knowing.contains(&m.node),
+    });
+    all.collect()
+}
+
+fn devices(view: &View, node: &Node) -> Vec<Device> {
+    let bytes = |blocks: u64| blocks * BLOCK_SIZE as u64;
+    let here = || DeviceHere {
+        path: node.request.device.clone(),
+        bytes: bytes(node.info.blocks),
+        kind: match node.info.medium {
+            Medium::LocalImage => "image".to_string(),
+            Medium::SharedImage => "image in a shared or unknown filesystem".to_string(),
+            Medium::LocalLoop => "loop device".to_string(),
+            Medium::Block { major, minor } => format!("block device {major}:{minor}"),
+        },
+        model: node.info.model.clone(),
+        sector_bytes: node.info.sector_bytes,
+        direct_io: node.info.direct,
+    };
+    let all = view.names.devices.iter().map(|device| Device {
+        name: device.name.to_string(),
+        uuid: device.id.to_string(),
+        role: match device.role {
+            Role::Whole => "quorum and files",
+            Role::Quorum => "quorum",
+            Role::Data => "files",
+        }
+        .to_string(),
+        bytes: bytes(device.blocks),
+        here: (device.id == node.label.device).then(here),
     });
     all.collect()
 }

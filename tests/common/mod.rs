@@ -34,6 +34,8 @@ pub struct Lab {
 }
 
 struct Node {
+    /// The path at which it finds the device.
+    device: PathBuf,
     options: String,
     /// The daemon as last mounted; set while it is ours to end.
     pid: Option<i32>,
@@ -79,7 +81,7 @@ impl Plan {
         for n in 0..self.nodes {
             fs::create_dir_all(lab.at(n)).expect("mount point");
             fs::create_dir_all(lab.run_dir(n)).expect("run directory");
-            lab.nodes.push(Node { options: self.options.to_string(), pid: None });
+            lab.nodes.push(Node { device: lab.image(), options: self.options.to_string(), pid: None });
         }
         let image = lab.image();
         succeed(lab.matrix(&["mkfs", path(&image), "--size", self.size]));
@@ -135,6 +137,10 @@ impl Lab {
         self.nodes[n].options = options.to_string();
     }
 
+    pub fn set_device(&mut self, n: usize, device: PathBuf) {
+        self.nodes[n].device = device;
+    }
+
     /// Runs `matrix` with `args` on this host.
     pub fn matrix(&self, args: &[&str]) -> Output {
         Command::new(MATRIX).args(args).output().expect("run matrix")
@@ -148,11 +154,11 @@ impl Lab {
 
     /// Mounts node `n`; the error is what the command said.
     pub fn try_mount(&mut self, n: usize) -> Result<(), String> {
-        let (dir, run_dir, image) = (self.at(n), self.run_dir(n), self.image());
+        let (dir, run_dir, device) = (self.at(n), self.run_dir(n), self.nodes[n].device.clone());
         let name = format!("n{n}");
         let listen =
             self.namespaces.as_ref().map_or("127.0.0.1:0".to_string(), |ns| format!("{}:0", ns.address(n)));
-        let mut args = vec!["mount", path(&image), path(&dir), "--node", &name, "--run-dir", path(&run_dir)];
+        let mut args = vec!["mount", path(&device), path(&dir), "--node", &name, "--run-dir", path(&run_dir)];
         args.extend(["--listen", &listen]);
         if !self.nodes[n].options.is_empty() {
             args.extend(["-o", &self.nodes[n].options]);
