@@ -6,8 +6,9 @@ use super::Checker;
 use super::report::Severity;
 use crate::LockName;
 use crate::format::group::{BLOCKS_PER_BITMAP, BitmapImage, BlockState, GroupImage, bitmap_blocks};
-use crate::format::header::{Block, BlockKind};
+use crate::format::header::{Block, BlockKind, is_ours};
 use crate::format::superblock::Geometry;
+use crate::store::block_of;
 
 /// The use of every block, as found by walking.
 pub(super) struct Uses {
@@ -207,10 +208,19 @@ impl Checker<'_> {
         self.report.add(severity, what, BlockAddr(start), why);
     }
 
-    /// A freed metadata block holds the image that says so.
+    /// A freed metadata block holds the image that says so, or what no longer is metadata: data are written to it
+    /// before the bitmap says that it serves as data, and a crash may come in between.
     async fn check_freed(&mut self, group: u32, addr: BlockAddr) {
-        if let Err(error) = self.block(addr, BlockKind::Free, LockName::Group(group)).await {
-            self.report.failure(format!("freed block {addr} of group {group}"), addr, &error);
+        let what = || format!("freed block {addr} of group {group}");
+        let image = match self.device.read(addr, 1).await {
+            Ok(image) => image,
+            Err(error) => return self.report.failure(what(), addr, &error.into()),
+        };
+        if is_ours(block_of(&image), addr, &self.superblock.secret).is_err() {
+            return;
+        }
+        if let Err(error) = self.verify(&image, addr, BlockKind::Free, LockName::Group(group)) {
+            self.report.failure(what(), addr, &error);
         }
     }
 }
