@@ -228,6 +228,11 @@ impl Filesystem {
         self.store.shutdown().await
     }
 
+    /// Files of which data could not be written back, and nobody was told by `fsync` or `close`.
+    pub fn untold_losses(&self) -> usize {
+        self.table.all().iter().filter(|inode| inode.data.lock().error.is_some()).count()
+    }
+
     /// The end of this node's part in the filesystem: the lease is lost, or the device failed where that cannot
     /// be mended. Every operation, also those under way, ends with an I/O error. The caller aborts the kernel
     /// mount, so that cached data serve nobody either.

@@ -142,7 +142,15 @@ impl Node {
             self.abandon(&format!("unmounting failed: {error}"));
             return Err(Failure::new(format!("not everything could be brought to disk: {error}")));
         }
-        self.cluster.leave().await.context("leaving the matrix")
+        // Before the inodes are gone: a loss that no program was told of.
+        let lost = self.fs.untold_losses();
+        self.cluster.leave().await.context("leaving the matrix")?;
+        match lost {
+            0 => Ok(()),
+            lost => Err(Failure::new(format!(
+                "unmounted, but data of {lost} files could not be written back, and no program was told: see the log"
+            ))),
+        }
     }
 
     /// Stops at once: nothing is written any more, programs get errors, the mount stays as a dead one.

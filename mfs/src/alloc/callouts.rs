@@ -2,12 +2,19 @@
 //! mirror is dropped.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use lcl::{CalloutError, Callouts, Mode, Resource};
 use storage_control::BoxFuture;
 
 use super::{Alloc, Inner};
 use crate::LockName;
+
+/// Between two looks at what others have written back.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// Nobody who has a promise waits for a group. If all the same they are not consumed in time, something is wrong, and
+/// data that do not find space elsewhere are lost rather than that all nodes stand still.
+const CONSUMED_WITHIN: Duration = Duration::from_secs(20);
 
 struct GroupCallouts(Weak<Inner>);
 
@@ -23,27 +30,35 @@ fn group_of(res: &Resource) -> Option<u32> {
     }
 }
 
+/// Returns when the groups that stay back all that dirty data were promised.
+async fn consume(inner: &Arc<Inner>, group: u32) {
+    let runtime = inner.store.runtime();
+    let begun = runtime.now();
+    loop {
+        let unbacked = inner.state.lock().unbacked();
+        if unbacked == 0 || inner.lcl.closed().is_some() {
+            return;
+        }
+        let Some(consumer) = Alloc(Arc::clone(inner)).consumer() else { return };
+        consumer.consume_promises(group).await;
+        let unbacked = inner.state.lock().unbacked();
+        if unbacked == 0 {
+            return;
+        }
+        if runtime.now().since(begun) > CONSUMED_WITHIN {
+            return tracing::error!(group, unbacked, "promised blocks lose their group");
+        }
+        runtime.sleep(LOOK_AGAIN).await;
+    }
+}
+
 impl Callouts for GroupCallouts {
     fn purge(&self, res: Resource, _held: Mode, _keep: Mode) -> BoxFuture<()> {
         let (inner, group) = (self.0.upgrade(), group_of(&res));
         Box::pin(async move {
             let (Some(inner), Some(group)) = (inner, group) else { return };
-            let unbacked = {
-                let mut state = inner.state.lock();
-                state.leave(group);
-                state.unbacked()
-            };
-            let alloc = Alloc(inner);
-            if unbacked > 0
-                && let Some(consumer) = alloc.consumer()
-            {
-                consumer.consume_promises(group).await;
-                let unbacked = alloc.0.state.lock().unbacked();
-                if unbacked > 0 {
-                    // Write-back will look for another group; only on a full filesystem it may find none.
-                    tracing::debug!(group, unbacked, "promised blocks lose their group");
-                }
-            }
+            inner.state.lock().leave(group);
+            consume(&inner, group).await;
         })
     }
 

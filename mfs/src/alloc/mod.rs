@@ -5,8 +5,8 @@
 //! - What a reservation picked belongs to it until it is logged or dropped.
 //! - Freed data are picked again only when the freeing transaction is stable; freed metadata at once as metadata,
 //!   as data only when every journal has moved past them.
-//! - Promised blocks are never picked by anybody else as long as their groups stay; before a group with promised
-//!   blocks goes, the promises are consumed.
+//! - Promised blocks are never picked by anybody else; a group goes only when the groups that stay back everything
+//!   that dirty data were promised (promise.rs).
 //! - At most one group lock is waited for at a time, and only by who holds none and keeps none from going; others
 //!   are taken by try.
 
@@ -55,7 +55,8 @@ pub struct Run {
 /// The data layer, as the allocator needs it.
 pub trait Consumer: Send + Sync {
     /// A group whose free blocks back promises is about to go: write back dirty data, so that promises are
-    /// consumed (the group can still be used meanwhile: `Want::no_wait`) or given up. Must not wait for a group,
+    /// consumed (the group can still be used meanwhile: `Want::no_wait`) or given up. Asked again until enough are: what
+    /// others write back meanwhile can be left to them. Must not wait for a group,
     /// whose holder may wait for this one, nor for anything that a local operation holds while it waits for a group.
     fn consume_promises(&self, group: u32) -> BoxFuture<()>;
 
@@ -68,7 +69,10 @@ pub trait Consumer: Send + Sync {
 
 /// A group whose lock this node holds.
 enum Held {
-    Loading,
+    Loading {
+        /// As below.
+        leaving: bool,
+    },
     Here {
         mirror: Box<Mirror>,
         /// The lock is about to go: its blocks back no new promises.
@@ -82,15 +86,19 @@ struct State {
     home: u32,
     /// Blocks that ordinary work can get from groups that stay.
     available: u64,
-    /// Of those, promised.
+    /// Promised, to operations under way and to dirty data.
     promised: u64,
+    /// Of those, to dirty data.
+    kept: u64,
+    /// Of those, picked already by reservations under way.
+    drawing: u64,
 }
 
 impl State {
     /// Changes a mirror and keeps `available` right.
     fn change<R>(&mut self, group: u32, change: impl FnOnce(&mut Mirror) -> R) -> Option<R> {
         match self.groups.get_mut(&group)? {
-            Held::Loading => None,
+            Held::Loading { .. } => None,
             Held::Here { mirror, leaving } => {
                 let before = if *leaving { 0 } else { mirror.available() };
                 let result = change(mirror);
@@ -113,14 +121,16 @@ impl State {
 
     fn mirror(&self, group: u32) -> Option<&Mirror> {
         match self.groups.get(&group)? {
-            Held::Loading => None,
+            Held::Loading { .. } => None,
             Held::Here { mirror, .. } => Some(mirror),
         }
     }
 
     fn insert(&mut self, group: u32, mirror: Mirror) {
-        self.available += u64::from(mirror.available());
-        self.groups.insert(group, Held::Here { mirror: Box::new(mirror), leaving: false });
+        // The lock may have been called back while the bitmaps were read.
+        let leaving = matches!(self.groups.get(&group), Some(Held::Loading { leaving: true }));
+        self.available += if leaving { 0 } else { u64::from(mirror.available()) };
+        self.groups.insert(group, Held::Here { mirror: Box::new(mirror), leaving });
     }
 
     /// Groups whose locks are about to go.
@@ -132,37 +142,45 @@ impl State {
         groups
     }
 
-    /// Blocks of a group for who draws on a promise of `backed` blocks before groups go, and has `picked` already.
-    /// Where more is promised than there is, whoever comes first uses up the group that goes.
-    fn budget_at_once(&self, group: u32, backed: u64, picked: u64) -> u64 {
+    /// Blocks of a group for who draws on a kept promise of `backed` blocks, and has `picked` already: the groups that
+    /// go count, since they wait for him.
+    fn budget_of_promise(&self, group: u32, backed: u64, picked: u64) -> u64 {
         let going = self.going();
         let there = |&group: &u32| self.mirror(group).map_or(0, |mirror| u64::from(mirror.available()));
         let available = self.available + going.iter().map(there).sum::<u64>();
-        let budget = available.saturating_sub(self.promised.saturating_sub(backed));
-        if going.contains(&group) { budget.max(backed.saturating_sub(picked)) } else { budget }
+        let left = backed.saturating_sub(picked);
+        let budget = available.saturating_sub((self.kept - self.drawing).saturating_sub(left));
+        if going.contains(&group) { budget.max(left) } else { budget }
+    }
+
+    /// Blocks for who was promised nothing.
+    fn budget(&self) -> u64 {
+        self.available.saturating_sub(self.promised - self.drawing)
     }
 
     /// The group's blocks back no promises any more.
     fn leave(&mut self, group: u32) {
-        if let Some(Held::Here { mirror, leaving }) = self.groups.get_mut(&group)
-            && !*leaving
-        {
-            *leaving = true;
-            self.available -= u64::from(mirror.available());
+        match self.groups.get_mut(&group) {
+            Some(Held::Here { mirror, leaving }) if !*leaving => {
+                *leaving = true;
+                self.available -= u64::from(mirror.available());
+            }
+            Some(Held::Loading { leaving }) => *leaving = true,
+            Some(Held::Here { .. }) | None => {}
         }
     }
 
     fn remove(&mut self, group: u32) -> Option<Box<Mirror>> {
         self.leave(group);
         match self.groups.remove(&group)? {
-            Held::Loading => None,
+            Held::Loading { .. } => None,
             Held::Here { mirror, .. } => Some(mirror),
         }
     }
 
-    /// Promises that no held group backs.
+    /// What is promised to dirty data and not backed by a group that stays.
     fn unbacked(&self) -> u64 {
-        self.promised.saturating_sub(self.available)
+        (self.kept - self.drawing).saturating_sub(self.available)
     }
 }
 
@@ -194,7 +212,7 @@ impl Alloc {
     /// An allocator over a store; registers the callouts for group locks.
     pub fn new(store: Store, lcl: Lcl) -> Alloc {
         let groups = store.geometry().groups;
-        let state = State { groups: HashMap::new(), home: 0, available: 0, promised: 0 };
+        let state = State { groups: HashMap::new(), home: 0, available: 0, promised: 0, kept: 0, drawing: 0 };
         let inner = Arc::new(Inner {
             counters: Counters::new(groups),
             state: Mutex::new(state),
@@ -245,9 +263,9 @@ impl Alloc {
                 let mut state = inner.state.lock();
                 match state.groups.get(&group) {
                     Some(Held::Here { .. }) => Some(false),
-                    Some(Held::Loading) => None,
+                    Some(Held::Loading { .. }) => None,
                     None => {
-                        state.groups.insert(group, Held::Loading);
+                        state.groups.insert(group, Held::Loading { leaving: false });
                         Some(true)
                     }
                 }
@@ -312,7 +330,7 @@ impl Drop for Loading<'_> {
     fn drop(&mut self) {
         {
             let mut state = self.inner.state.lock();
-            if let Some(Held::Loading) = state.groups.get(&self.group) {
+            if let Some(Held::Loading { .. }) = state.groups.get(&self.group) {
                 state.groups.remove(&self.group);
             }
         }

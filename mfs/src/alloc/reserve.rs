@@ -55,6 +55,8 @@ pub struct Reservation {
     want: Want,
     /// Blocks taken off a promise.
     pub(super) drawn: u64,
+    /// Picked blocks that are still promised: of a reservation under way.
+    pub(super) drawing: u64,
 }
 
 impl Reservation {
@@ -66,6 +68,7 @@ impl Reservation {
             runs: Vec::new(),
             want,
             drawn: 0,
+            drawing: 0,
         }
     }
 
@@ -106,9 +109,11 @@ impl Reservation {
     }
 
     /// Gives everything back; what was taken off a promise is promised again.
-    pub fn promise_again(self) -> Promise {
-        // First the promise, then the blocks: nobody gets in between.
-        Promise::again(&self.alloc, self.drawn)
+    pub fn promise_again(mut self) -> Promise {
+        // First the promise, then the blocks: nobody gets in between. Until then they count as being drawn.
+        let promise = Promise::again(&self.alloc, self.drawn);
+        self.drawing += self.drawn;
+        promise
     }
 
     fn metas_missing(&self) -> u32 {
@@ -131,6 +136,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.alloc.0.state.lock();
+        state.drawing -= self.drawing;
         for part in &self.parts {
             state.change(part.group, |mirror| {
                 part.metas.iter().for_each(|&meta| mirror.give_back_meta(meta));
@@ -154,7 +160,8 @@ impl Alloc {
         self.reserve_backed(want, 0).await
     }
 
-    /// The same with that many blocks of the caller's own promises to draw on.
+    /// The same with that many blocks of the caller's own promises to draw on. What is held has them: several at once may
+    /// be refused for want of metadata blocks, and are to be asked for again one by one; nobody is waited for before.
     pub(super) async fn reserve_backed(&self, want: Want, backed: u64) -> Result<Reservation, FsError> {
         if want.no_wait {
             return self.reserve_at_once(want, backed).await;
@@ -170,7 +177,11 @@ impl Alloc {
                 return Ok(res);
             }
         }
-        if self.take_from_all(&mut res, self.held_groups(home), How::Cached, backed).await? {
+        // What goes waits for promises to be drawn: first from there.
+        let going = if backed > 0 { self.0.state.lock().going() } else { Vec::new() };
+        if self.take_from_all(&mut res, going, How::Cached, backed).await?
+            || self.take_from_all(&mut res, self.held_groups(home), How::Cached, backed).await?
+        {
             return Ok(res);
         }
         // Asking for a group makes its holder give it up: first one of the own, even if that takes a wait.
@@ -179,7 +190,9 @@ impl Alloc {
         if self.take_from_all(&mut res, tried, How::Try, backed).await? {
             return Ok(res);
         }
+        let patient = backed == 0 || want.data <= 1;
         if let Some(&emptiest) = own.first()
+            && patient
             && res.parts.is_empty()
             && self.take_from(&mut res, emptiest, How::Wait, backed).await?
         {
@@ -191,7 +204,7 @@ impl Alloc {
             return Ok(res);
         }
         drop(res);
-        self.reserve_forced(want, backed).await
+        if patient { self.reserve_forced(want, backed).await } else { Err(FsError::NoSpace) }
     }
 
     /// Waits for no group and forces nothing. What is going is used up before what stays: only that leaves the
@@ -223,6 +236,7 @@ impl Alloc {
             return Ok(res);
         }
         // Who waits for a group's lock holds no other: what was picked so far goes back.
+        drop(res);
         for group in self.other_groups(false) {
             let mut res = Reservation::empty(self, want);
             if self.take_from(&mut res, group, How::Wait, backed).await?
@@ -292,8 +306,8 @@ impl Alloc {
             state.change(group, |mirror| mirror.thaw(stable));
             let budget = match want {
                 Want { urgent: true, .. } => u64::MAX,
-                Want { no_wait: true, .. } => state.budget_at_once(group, backed, res.picked()),
-                _ => state.available.saturating_sub(state.promised.saturating_sub(backed)),
+                _ if backed > 0 || want.no_wait => state.budget_of_promise(group, backed, res.picked()),
+                _ => state.budget(),
             };
             let mut budget = u32::try_from(budget).unwrap_or(u32::MAX);
             state.change(group, |mirror| {
@@ -312,6 +326,10 @@ impl Alloc {
                     runs.push((start, len));
                 }
             });
+            let now: u64 = metas.len() as u64 + runs.iter().map(|run| u64::from(run.1)).sum::<u64>();
+            let drawing = (res.picked() + now).min(backed) - res.drawing;
+            state.drawing += drawing;
+            res.drawing += drawing;
             if !(metas.is_empty() && runs.is_empty()) && want.near.is_none() {
                 state.home = group;
             }
@@ -348,7 +366,7 @@ impl Alloc {
             let stable = self.0.store.stable();
             let start = {
                 let mut state = self.0.state.lock();
-                let backed = state.available.saturating_sub(state.promised) >= u64::from(blocks);
+                let backed = state.budget() >= u64::from(blocks);
                 let pick = |mirror: &mut super::Mirror| {
                     mirror.thaw(stable);
                     if backed { mirror.take_contiguous(blocks) } else { None }

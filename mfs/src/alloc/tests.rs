@@ -307,6 +307,7 @@ fn promised_blocks_are_nobody_elses() {
         assert!(alloc.promise(1).is_err(), "no group is held yet");
         let all = alloc.statfs().await.unwrap().available;
         let mut promise = alloc.promise_wait(all - 100).await.unwrap();
+        assert!(promise.keep());
         assert_eq!(alloc.statfs().await.unwrap().available, 100);
         assert!(matches!(
             allocate(&alloc, Want { data: 101, ..Want::default() }).await,
@@ -352,7 +353,8 @@ fn promises_are_consumed_before_their_groups_go() {
     let node = Node::new(1, BLOCKS);
     let (alloc, lcl) = (node.alloc.clone(), node.lcl.clone());
     node.world.run(async move {
-        let promise = alloc.promise_wait(2000).await.unwrap();
+        let mut promise = alloc.promise_wait(2000).await.unwrap();
+        assert!(promise.keep());
         let writes = Arc::new(Writes { alloc: alloc.clone(), promise: Mutex::new(Some(promise)) });
         alloc.set_consumer(Arc::clone(&writes) as Arc<dyn Consumer>);
         lcl.trim(0).await;

@@ -246,7 +246,7 @@ impl Chunks {
         freed
     }
 
-    /// Takes up to `max_blocks` dirty blocks for write-back, lowest first, whole chunks at a time.
+    /// Takes up to `max_blocks` dirty blocks for write-back, lowest first.
     pub(crate) fn capture(&mut self, max_blocks: u64) -> Vec<Captured> {
         let mut taken = Vec::new();
         let mut count = 0;
@@ -254,13 +254,17 @@ impl Chunks {
             if chunk.dirty == 0 {
                 continue;
             }
-            if count >= max_blocks {
+            let mut blocks = chunk.dirty;
+            while count + u64::from(blocks.count_ones()) > max_blocks {
+                blocks &= !(1 << blocks.ilog2());
+            }
+            if blocks == 0 {
                 break;
             }
-            count += u64::from(chunk.dirty.count_ones());
-            taken.push(Captured { no: *no, blocks: chunk.dirty, buf: chunk.buf.clone() });
-            chunk.writing |= chunk.dirty;
-            chunk.dirty = 0;
+            count += u64::from(blocks.count_ones());
+            taken.push(Captured { no: *no, blocks, buf: chunk.buf.clone() });
+            chunk.writing |= blocks;
+            chunk.dirty &= !blocks;
         }
         taken
     }

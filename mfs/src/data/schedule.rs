@@ -11,7 +11,7 @@ use lcl::{Guard, Scope};
 use storage_control::Instant;
 use tokio::sync::Semaphore;
 
-use super::writeback::HowFar;
+use super::writeback::{BATCH_BLOCKS, HowFar};
 use super::{AGE_CHECK, WRITE_BACK_AFTER, WriteSeq};
 use crate::filesystem::Filesystem;
 use crate::inode_table::Inode;
@@ -149,8 +149,9 @@ impl Filesystem {
             else {
                 continue;
             };
+            let mut most = BATCH_BLOCKS;
             loop {
-                match self.write_back_batch(&inode, HowFar::AtOnce).await {
+                match self.write_back_batch(&inode, HowFar::AtOnce, &mut most).await {
                     Ok(true) => {}
                     Ok(false) => break,
                     // The end of this node's access: the lock that wanted this is kept.

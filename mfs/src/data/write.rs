@@ -28,10 +28,20 @@ impl Filesystem {
         if len == 0 {
             return Ok(0);
         }
+        loop {
+            if let Some(written) = self.try_write(file, &write).await? {
+                return Ok(written);
+            }
+        }
+    }
+
+    /// `None`: the space promised has gone with its group before the data were there; to be tried again.
+    async fn try_write(&self, file: &OpenFile, write: &Write) -> Result<Option<usize>> {
+        let len = write.data.len() as u64;
         // Both may wait for write-back, which needs locks: before this one.
         self.data.wait_for_room().await;
         let most_blocks = len.div_ceil(BLOCK) + 2 + MAP_BLOCKS;
-        let promise = match self.alloc.promise_wait(most_blocks).await {
+        let mut promise = match self.alloc.promise_wait(most_blocks).await {
             Ok(promise) => Some(promise),
             // Blocks that the file has already need no space.
             Err(FsError::NoSpace) => None,
@@ -48,8 +58,11 @@ impl Filesystem {
         if promise.is_none() && !self.has_blocks(&held, &write_range(offset, end, size)).await? {
             return Err(FsError::NoSpace);
         }
-        self.put(&held, offset, &write, promise, size);
-        Ok(write.data.len())
+        if promise.as_mut().is_some_and(|promise| !promise.keep()) {
+            return Ok(None);
+        }
+        self.put(&held, offset, write, promise, size);
+        Ok(Some(write.data.len()))
     }
 
     /// Loads what is not overwritten whole: the first and the last block, and the old last block if the file

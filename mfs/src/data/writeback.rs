@@ -20,8 +20,8 @@ use crate::inode_table::Inode;
 use crate::ops::Result;
 
 const BLOCK: u64 = BLOCK_SIZE as u64;
-/// Blocks taken for write-back at a time: 32 MiB.
-const BATCH_BLOCKS: u64 = 8192;
+/// Blocks taken for write-back at a time, at most: 32 MiB.
+pub(super) const BATCH_BLOCKS: u64 = 8192;
 /// Blocks in one request to the device: 1 MiB.
 const REQUEST_BLOCKS: u64 = 256;
 /// Credits one transaction of a write-back may take.
@@ -41,12 +41,19 @@ impl Filesystem {
     /// Writes back everything of an inode. Its lock is here, or on its way down with nobody inside.
     pub(super) async fn write_back(&self, inode: &Arc<Inode>, what: HowFar) -> Result<()> {
         let _one_at_a_time = inode.writeback.lock().await;
-        while self.write_back_batch(inode, what).await? {}
+        let mut most = BATCH_BLOCKS;
+        while self.write_back_batch(inode, what, &mut most).await? {}
         Ok(())
     }
 
-    /// Writes back up to a batch; whether more may be left.
-    pub(super) async fn write_back_batch(&self, inode: &Arc<Inode>, what: HowFar) -> Result<bool> {
+    /// Writes back up to `most` blocks; whether more may be left. On a full and fragmented filesystem a batch may have to
+    /// become smaller: what many pieces might need for the map is far more than what they will.
+    pub(super) async fn write_back_batch(
+        &self,
+        inode: &Arc<Inode>,
+        what: HowFar,
+        most: &mut u64,
+    ) -> Result<bool> {
         {
             let state = inode.data.lock();
             let data = state.chunks.any_dirty() || state.pending.size.is_some();
@@ -69,7 +76,7 @@ impl Filesystem {
         }
         let (captured, pending, more) = {
             let mut state = inode.data.lock();
-            let captured = state.chunks.capture(BATCH_BLOCKS);
+            let captured = state.chunks.capture(*most);
             (captured, state.pending, state.chunks.any_dirty())
         };
         match self.write_captured(inode, &dinode, &captured, pending, more, what).await {
@@ -82,6 +89,11 @@ impl Filesystem {
                 Err(error)
             }
             // Nothing was written yet.
+            Err(FsError::NoSpace) if blocks_of(&captured) > 1 => {
+                *most = blocks_of(&captured) / 2;
+                inode.data.lock().chunks.give_back(&captured);
+                Ok(true)
+            }
             Err(FsError::NoSpace) if what == HowFar::AtOnce => {
                 inode.data.lock().chunks.give_back(&captured);
                 Ok(false)
@@ -229,8 +241,8 @@ impl Filesystem {
         loop {
             let want = Want { meta, data, near, goal, contiguous_hint: data, urgent: false, no_wait };
             let space = match self.reserve_from_promise(inode, want).await {
-                // The data were promised their space; what is short is space for the map.
-                Err(FsError::NoSpace) if !no_wait => {
+                // The block was promised its space; what is short is space for the map.
+                Err(FsError::NoSpace) if data == 1 => {
                     self.reserve_from_promise(inode, Want { urgent: true, ..want }).await?
                 }
                 space => space?,
@@ -401,6 +413,10 @@ fn leave_inline(dinode: &mut Dinode) {
     if let Content::Data(_) = dinode.content {
         dinode.content = Content::Extents(Vec::new());
     }
+}
+
+fn blocks_of(captured: &[Captured]) -> u64 {
+    captured.iter().flat_map(Captured::runs).map(|run| run.end - run.start).sum()
 }
 
 /// The captured blocks as runs, in order.
