@@ -218,7 +218,7 @@ impl Filesystem {
         for inode in self.table.all() {
             self.write_back_all_of(&inode).await?;
         }
-        self.data.flush.upto(self.data.flush.latest()).await?;
+        self.flush_all().await?;
         self.store.checkpoint().await?;
         self.orphans_guard.lock().take();
         self.lcl.release_all().await.map_err(|error| {

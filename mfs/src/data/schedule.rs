@@ -60,7 +60,7 @@ impl Filesystem {
     /// Lets go of inodes that nobody needs; whose data may not be stable is needed.
     async fn sweep(&self) {
         let upto = self.data.flush.latest();
-        if self.data.flush.upto(upto).await.is_ok() {
+        if self.flush_upto(upto).await.is_ok() {
             for inode in self.table.all() {
                 inode.data.lock().flushed(upto);
             }
@@ -171,8 +171,12 @@ impl Filesystem {
         Ok(())
     }
 
-    /// Makes data writes stable. After a flush that failed nobody knows what the device has: a later one would report
-    /// stable what may be lost. This node withdraws.
+    /// Makes all data writes stable that have completed.
+    pub(crate) async fn flush_all(&self) -> Result<()> {
+        self.flush_upto(self.data.flush.latest()).await
+    }
+
+    /// Makes data writes stable. After a flush that failed none is ever reported stable again: this node withdraws.
     pub(super) async fn flush_upto(&self, seq: WriteSeq) -> Result<()> {
         let result = self.data.flush.upto(seq).await;
         if let Err(error) = &result {
