@@ -211,3 +211,27 @@ fn data_that_cannot_be_written_before_the_lock_goes_are_told_once() {
         Box::pin(async move { drop(fs.whole(ino).await) })
     });
 }
+
+/// Of several requests one failed: what the others wrote was seen by every read, and the next `fsync` did not flush
+/// it.
+#[test]
+fn what_a_failed_write_left_on_the_device_is_stable_after_the_next_fsync() {
+    on_nodes(4, 1, |bed, cluster, mut nodes| async move {
+        let a = nodes.remove(0);
+        let (file, handle) = a.fs.file(a.fs.root(), "f").await;
+        a.fs.put(handle, 0, &pattern(1, 3 << 20)).await.unwrap();
+        a.fs.fsync(handle, false).await.unwrap();
+        bed.sleep(5).await;
+        a.fs.put(handle, 0, &pattern(2, 3 << 20)).await.unwrap();
+        let failed = fail_next(&a.access, Kind::Cached);
+        assert_eq!(errno(a.fs.fsync(handle, false).await), libc::EIO);
+        assert!(failed.load(SeqCst));
+        a.fs.fsync(handle, false).await.unwrap();
+        let seen = a.fs.whole(file.ino).await;
+        assert!(seen != pattern(1, 3 << 20) && seen != pattern(2, 3 << 20));
+        bed.device.crash(|_| false);
+        let (cluster, nodes) = cluster.power_cut(vec![a]).await;
+        assert!(nodes[0].fs.whole(file.ino).await == seen);
+        cluster.stop(nodes).await;
+    });
+}

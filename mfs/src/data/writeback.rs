@@ -173,10 +173,7 @@ impl Filesystem {
         let runs = merged_runs(captured);
         let mut layout = self.layout(dinode, &runs).await?;
         let space = self.allocate(inode, dinode, &mut layout, what).await?;
-        let written = self.write_blocks(&layout, captured).await?;
-        if let Some(seq) = written {
-            inode.data.lock().last_write = Some(seq);
-        }
+        let written = self.write_blocks(inode, &layout, captured).await?;
         // What is beyond this batch is not on the device: neither is the size that counts it.
         let size = match (pending.size, runs.last()) {
             (Some(size), Some(last)) if more => Some(size.min(last.end * BLOCK)),
@@ -279,7 +276,12 @@ impl Filesystem {
     }
 
     /// Writes the blocks to their places, all at once.
-    async fn write_blocks(&self, layout: &[Placed], captured: &[Captured]) -> Result<Option<WriteSeq>> {
+    async fn write_blocks(
+        &self,
+        inode: &Inode,
+        layout: &[Placed],
+        captured: &[Captured],
+    ) -> Result<Option<WriteSeq>> {
         let mut requests = Vec::new();
         for placed in layout {
             let e = &placed.extent;
@@ -303,6 +305,8 @@ impl Filesystem {
             }
         }
         let seq = self.data.flush.completed();
+        // Where one failed others have changed what every read sees: the next `fsync` is about that too.
+        inode.data.lock().last_write = Some(seq);
         result?;
         Ok(Some(seq))
     }
