@@ -266,8 +266,13 @@ impl Wake for SimTask {
     }
 }
 
+/// So many polls in one moment are tasks that wake each other for ever.
+const MOST_POLLS_AT_A_TIME: u64 = 1_000_000;
+
 struct SimState {
     now: Instant,
+    /// Polls since time went on.
+    polls: u64,
     random: u64,
     runnable: VecDeque<Arc<SimTask>>,
     timers: TimerQueue,
@@ -291,6 +296,7 @@ impl SimRuntime {
             world: Arc::new(SimWorld {
                 state: Mutex::new(SimState {
                     now: Instant(1_000_000_000),
+                    polls: 0,
                     random: seed,
                     runnable: VecDeque::new(),
                     timers: TimerQueue::default(),
@@ -302,7 +308,8 @@ impl SimRuntime {
     /// Runs all tasks until `future` is done.
     ///
     /// # Panics
-    /// Where nothing can run, no timer is set and `future` still waits: a lost wake-up.
+    /// Where nothing can run, no timer is set and `future` still waits: a lost wake-up. Where tasks run on and on
+    /// and no time passes: they wait for each other without waiting.
     pub fn run<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> T {
         let result = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&result);
@@ -334,11 +341,14 @@ impl SimRuntime {
         if state.runnable.is_empty() {
             let Some(at) = state.timers.first() else { return false };
             state.now = state.now.max(at);
+            state.polls = 0;
             let due = state.timers.take_due(at);
             drop(state);
             due.iter().for_each(Timer::fire);
             return true;
         }
+        state.polls += 1;
+        assert!(state.polls < MOST_POLLS_AT_A_TIME, "tasks wake each other for ever, and no time passes");
         let chosen = (draw(&mut state.random) % state.runnable.len() as u64) as usize;
         let task = state.runnable.remove(chosen).expect("the chosen index is inside the queue");
         drop(state);
@@ -434,6 +444,16 @@ mod tests {
         }
         world.advance(Duration::from_secs(5));
         assert_eq!(*order.lock(), [1, 2, 3]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no time passes")]
+    fn tasks_that_wake_each_other_for_ever_are_found() {
+        let world = SimRuntime::new(1);
+        world.run(std::future::poll_fn(|context| {
+            context.waker().wake_by_ref();
+            Poll::<()>::Pending
+        }));
     }
 
     #[test]
