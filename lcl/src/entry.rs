@@ -225,14 +225,17 @@ impl Entry {
         }
     }
 
-    /// The answer to a no-queue request is in: who still waits for it goes away empty-handed.
-    pub(crate) fn refuse_tries(&mut self, wakers: &mut Vec<Waker>) {
+    /// The answer to a no-queue request is in: who still waits for it goes away empty-handed. True if somebody did,
+    /// who may have kept others out.
+    pub(crate) fn refuse_tries(&mut self, wakers: &mut Vec<Waker>) -> bool {
+        let before = self.queue.len();
         self.queue.retain(|waiter| {
             if waiter.no_queue {
                 wakers.extend(waiter.cell.finish(Outcome::Refused));
             }
             !waiter.no_queue
         });
+        self.queue.len() < before
     }
 
     /// What to ask the DLM for now: for the first waiter whom the held mode does not cover.
@@ -298,6 +301,15 @@ impl Entry {
         }
         let going_down = !matches!(self.phase, Phase::Open | Phase::Failed);
         assert!(!(going_down && self.asking.is_some()), "no request on the way down: {self:?}");
+        let mut process_blocked = false;
+        for waiter in &self.queue {
+            let blocked = waiter.scope == Scope::Process && process_blocked;
+            assert!(
+                blocked || !self.admits(waiter.mode, waiter.scope),
+                "whoever could get in is in: {self:?}"
+            );
+            process_blocked |= waiter.scope == Scope::Process;
+        }
     }
 }
 

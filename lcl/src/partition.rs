@@ -124,8 +124,11 @@ impl Partition {
         }
         let Some(entry) = self.entries.peek_mut(&res) else { return };
         entry.admit_waiters(step.now, &mut step.effects.wakers);
-        if entry.opening.is_none() && !matches!(entry.asking, Some((_, true))) {
-            entry.refuse_tries(&mut step.effects.wakers);
+        if entry.opening.is_none()
+            && !matches!(entry.asking, Some((_, true)))
+            && entry.refuse_tries(&mut step.effects.wakers)
+        {
+            entry.admit_waiters(step.now, &mut step.effects.wakers);
         }
         let ready = entry.phase == Phase::Open && entry.asking.is_none() && entry.opening.is_none();
         if ready && entry.keep() != entry.held {
