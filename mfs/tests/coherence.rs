@@ -9,12 +9,12 @@ use std::time::Duration;
 use mfs::ops::{Operations, RenameFlags, SetAttr};
 use parking_lot::Mutex;
 use proptest::prelude::*;
-use storage_control::{NodeId, Runtime};
+use storage_control::{Incarnation, NodeId, Runtime};
 use support::cluster::{Cluster, Node};
 use support::model::{Model, Op, op};
 use tokio::sync::Semaphore;
 
-use support::{Bed, ME, Short, errno, on_nodes, pattern};
+use support::{Bed, ME, Short, errno, on_nodes, pattern, seeds};
 
 fn on_three_nodes<F: Future<Output = ()> + Send + 'static>(
     seed: u64,
@@ -26,15 +26,20 @@ fn on_three_nodes<F: Future<Output = ()> + Send + 'static>(
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// One operation after the other, each on a node drawn by lot.
+    /// One operation after the other, each on a node drawn by lot; now and then that node leaves and comes back.
     #[test]
     fn three_nodes_agree_with_the_model(ops in proptest::collection::vec((op(), 0..3_usize), 1..150), seed in any::<u64>()) {
-        on_three_nodes(seed, move |bed, cluster, nodes| async move {
+        on_three_nodes(seed, move |bed, cluster, mut nodes| async move {
             let mut model = Model::new(nodes[0].fs.root());
             for (op, node) in &ops {
                 match op {
                     Op::Wait { secs } => bed.sleep((*secs).into()).await,
-                    Op::Remount => {}
+                    // The node leaves and comes back: what it mastered moves to the others and back.
+                    Op::Remount => {
+                        let Node { id, incarnation, .. } = nodes[*node];
+                        cluster.leave(nodes.remove(*node)).await;
+                        nodes.insert(*node, cluster.join(id, Incarnation(incarnation.0 + 1)).await);
+                    }
                     _ => model.apply(&nodes[*node].fs, op).await,
                 }
             }
@@ -59,11 +64,6 @@ fn a_read_after_a_write_sees_it_while_others_read() {
     for seed in seeds(4) {
         reads_see_writes(seed, true);
     }
-}
-
-/// `MFS_SEEDS=n` tries n seeds instead of a few.
-fn seeds(few: u64) -> std::ops::Range<u64> {
-    0..std::env::var("MFS_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(few)
 }
 
 fn reads_see_writes(seed: u64, others_read: bool) {
@@ -292,7 +292,7 @@ fn a_dead_nodes_files_are_taken_over_by_the_survivors() {
             bed.sleep(10).await;
             assert_eq!(errno(nodes[1].fs.getattr(gone.ino).await), libc::ESTALE);
             // It comes back.
-            nodes.push(cluster.join(NodeId(2), storage_control::Incarnation(2)).await);
+            nodes.push(cluster.join(NodeId(2), Incarnation(2)).await);
             assert_eq!(nodes[2].fs.whole(synced.ino).await[..100_000], pattern(1, 100_000));
             drop(dead);
             cluster.stop(nodes).await;

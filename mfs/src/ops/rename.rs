@@ -2,7 +2,8 @@
 //!
 //! A directory that changes its parent takes the rename lock: while one node holds it no directory of the whole
 //! tree moves, so that what was found on the way up to the root stays true. Only then can a directory be
-//! refused a place below itself.
+//! refused a place below itself. So does a rename that begins again because somebody was in its way: of all who
+//! do, one is under way, and they cannot go on refusing each other for ever.
 
 use dlm::Mode;
 use lcl::{Guard, Scope};
@@ -63,10 +64,15 @@ impl Filesystem {
         }
         dir::check_name(from.name)?;
         dir::check_name(to.name)?;
+        // Held from the first refusal to the end.
+        let mut rename = None;
         loop {
-            match self.try_move(from, to, flags).await? {
+            match self.try_move(from, to, flags, &mut rename).await? {
                 Attempt::Done => return Ok(()),
-                Attempt::Wait(name) => drop(self.lock(name, Mode::EX, Scope::Process).await?),
+                Attempt::Wait(name) => {
+                    self.lock_renames(&mut rename).await?;
+                    drop(self.lock(name, Mode::EX, Scope::Process).await?);
+                }
                 Attempt::Changed => {}
             }
         }
@@ -78,12 +84,25 @@ impl Filesystem {
         dir::lookup(&self.store, &dir.dinode, place.name).await
     }
 
-    async fn try_move(&self, from: Place<'_>, to: Place<'_>, flags: RenameFlags) -> Result<Attempt> {
-        let (mut seen_from, mut seen_to, mut _rename) = (None, None, None);
+    async fn lock_renames(&self, rename: &mut Option<Guard>) -> Result<()> {
+        if rename.is_none() {
+            *rename = Some(self.lock(LockName::Rename, Mode::EX, Scope::Process).await?);
+        }
+        Ok(())
+    }
+
+    async fn try_move(
+        &self,
+        from: Place<'_>,
+        to: Place<'_>,
+        flags: RenameFlags,
+        rename: &mut Option<Guard>,
+    ) -> Result<Attempt> {
+        let (mut seen_from, mut seen_to) = (None, None);
         if from.dir != to.dir {
             (seen_from, seen_to) = (self.peek(from).await?, self.peek(to).await?);
             if is_dir(&seen_from) || (flags.exchange && is_dir(&seen_to)) {
-                _rename = Some(self.lock(LockName::Rename, Mode::EX, Scope::Process).await?);
+                self.lock_renames(rename).await?;
                 self.refuse_loops(from, to, &seen_from, &seen_to, flags).await?;
             }
         }

@@ -33,6 +33,15 @@ pub struct Bed {
     pub clock: Arc<LamportClock>,
 }
 
+/// Which seeds a test tries: `SEED=n` that one, `MFS_SEEDS=n` the first n instead of a few.
+pub fn seeds(few: u64) -> std::ops::Range<u64> {
+    let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    match number("SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("MFS_SEEDS").unwrap_or(few),
+    }
+}
+
 /// Runs a test in a world of its own.
 pub fn run<F: Future<Output = ()> + Send + 'static>(seed: u64, blocks: u64, test: impl FnOnce(Bed) -> F) {
     run_with_journals(seed, blocks, 1, test);
