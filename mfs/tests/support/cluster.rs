@@ -293,7 +293,7 @@ impl Cluster {
         {
             let mut net = self.net.lock();
             net.lcls.remove(&node.id);
-            net.stores.remove(&node.id);
+            // Its tail holds freed blocks back until its journal is replayed.
             net.links.retain(|(from, to), _| *from != node.id && *to != node.id);
         }
         let (id, incarnation) = (node.id, node.incarnation);
@@ -316,6 +316,7 @@ impl Cluster {
         {
             let mut net = self.net.lock();
             net.epoch.recoveries.retain(|d| d.node != dead.id);
+            net.stores.remove(&dead.id);
         }
         for lcl in &lcls {
             lcl.recovered(dead.id, dead.incarnation);
