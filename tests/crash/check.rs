@@ -121,7 +121,7 @@ async fn replay_all(state: &State, world: &SimRuntime) -> Result<(Disk, Vec<Even
     Ok((disk, log))
 }
 
-async fn fsck_finds_nothing(disk: &Disk, world: &SimRuntime, when: &str) -> Result<fsck::Stats, Wrong> {
+pub async fn fsck_finds_nothing(disk: &Disk, world: &SimRuntime, when: &str) -> Result<fsck::Stats, Wrong> {
     let runtime: Arc<dyn Runtime> = Arc::new(world.clone());
     let options = fsck::Options { replay: Some(runtime), ..fsck::Options::default() };
     let report = fsck::check_at(disk.device(), FS_START, options).await;

@@ -4,7 +4,7 @@
 //! operations, and not before the last that was made stable. The content of a file follows later, so that each
 //! sector may be of any of the file's versions since the last stable one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use storage_control::WallTime;
@@ -120,6 +120,33 @@ impl Tree {
         }
     }
 
+    /// Whether two trees are the same but for these names, what they stand for in either, and these inodes.
+    pub fn is_but_for(&self, other: &Tree, names: &[(Id, &str)], ids: &[Id]) -> bool {
+        let of = |tree: &Tree| -> BTreeSet<Id> {
+            let here = |(dir, name): &(Id, &str)| tree.nodes.get(dir).and_then(|_| tree.find(*dir, name));
+            names.iter().filter_map(here).collect()
+        };
+        let open: BTreeSet<Id> = of(self).into_iter().chain(of(other)).chain(ids.iter().copied()).collect();
+        let all: BTreeSet<Id> = self.nodes.keys().chain(other.nodes.keys()).copied().collect();
+        all.difference(&open).all(|id| {
+            let (Some(one), Some(two)) = (self.nodes.get(id), other.nodes.get(id)) else { return false };
+            let hidden: Vec<&str> =
+                names.iter().filter(|(dir, _)| dir == id).map(|(_, name)| *name).collect();
+            if hidden.is_empty() {
+                return one == two;
+            }
+            let rest = |node: &Node| match &node.kind {
+                Kind::Dir(names) => {
+                    let mut names = names.clone();
+                    names.retain(|name, _| !hidden.contains(&name.as_str()));
+                    Some(names)
+                }
+                Kind::File | Kind::Symlink(_) => None,
+            };
+            rest(one) == rest(two) && (one.perm, &one.xattrs) == (two.perm, &two.xattrs)
+        })
+    }
+
     /// What another tree has otherwise, in words.
     pub fn difference(&self, other: &Tree) -> String {
         let all = self.nodes.keys().chain(other.nodes.keys());
@@ -156,6 +183,8 @@ fn short(node: Option<&Arc<Node>>) -> String {
 pub struct Version {
     /// The operation that made it.
     pub operation: usize,
+    /// The last operation until then that changed more than bytes in place.
+    pub sized: usize,
     pub bytes: Arc<Vec<u8>>,
 }
 
@@ -164,6 +193,7 @@ pub struct Version {
 pub struct Promise {
     /// Names and attributes are at least as they were after this operation, as far as its node changed them.
     pub names: usize,
+    pub node: u16,
     /// Files' content is at least this version.
     pub contents: Vec<(Id, usize)>,
     /// Modification and change time of an inode after an operation.
@@ -190,8 +220,8 @@ pub struct History {
 #[derive(Clone, Debug, Default)]
 struct Touched {
     all: Vec<usize>,
-    /// The last that changed more than bytes in place.
-    but_for_bytes: usize,
+    /// The last that changed more than content and size.
+    but_for_content: usize,
 }
 
 impl History {
@@ -208,7 +238,7 @@ impl History {
 
     /// The history that starts with what is there now, which is all stable.
     pub fn starting(tree: Tree, contents: impl IntoIterator<Item = (Id, Arc<Vec<u8>>)>) -> History {
-        let first = |(id, bytes)| (id, vec![Version { operation: 0, bytes }]);
+        let first = |(id, bytes)| (id, vec![Version { operation: 0, sized: 0, bytes }]);
         let contents = contents.into_iter().map(first).collect();
         History { contents, trees: vec![tree.clone()], ..History::new(tree.root) }
     }
@@ -239,44 +269,86 @@ impl History {
         self.by.push(self.node);
     }
 
-    /// The operation that is being recorded gave a file this content.
-    pub fn new_content(&mut self, id: Id, operation: usize, bytes: Vec<u8>) {
-        self.contents.entry(id).or_default().push(Version { operation, bytes: Arc::new(bytes) });
+    /// The operation that is being recorded gave a file this content, or with `in_place` bytes where it had some.
+    pub fn new_content(&mut self, id: Id, operation: usize, bytes: Vec<u8>, in_place: bool) {
+        let versions = self.contents.entry(id).or_default();
+        let before = versions.last().map(|version| version.sized).filter(|_| in_place);
+        let sized = before.unwrap_or(operation);
+        versions.push(Version { operation, sized, bytes: Arc::new(bytes) });
     }
 
-    /// The operation changed these inodes; with `in_place`, nothing but bytes that were there.
-    pub fn touch(&mut self, operation: usize, ids: &[Id], in_place: bool) {
+    /// The operation changed these inodes; with `content_only`, nothing but content and size.
+    pub fn touch(&mut self, operation: usize, ids: &[Id], content_only: bool) {
         for id in ids {
             let touched = self.touched.entry(*id).or_default();
             touched.all.push(operation);
-            if !in_place {
-                touched.but_for_bytes = operation;
+            if !content_only {
+                touched.but_for_content = operation;
             }
         }
     }
 
-    /// Whether an operation after `from`, up to `to`, changed the inode.
-    pub fn is_touched(&self, id: Id, from: usize, to: usize) -> bool {
-        self.touched.get(&id).is_some_and(|touched| touched.all.iter().any(|n| from < *n && *n <= to))
+    fn touches(&self, id: Id) -> &[usize] {
+        self.touched.get(&id).map_or(&[], |touched| &touched.all)
     }
 
-    /// An `fsync` (or `fdatasync`) of an inode returned; `times` as it was then. Returns the promise's number.
+    /// What there would be without some operations, which no later one built on.
+    pub fn without(&self, dropped: &[usize]) -> Tree {
+        let mut tree = self.trees[0].clone();
+        for n in (1..self.trees.len()).filter(|n| !dropped.contains(n)) {
+            let (before, after) = (&self.trees[n - 1].nodes, &self.trees[n].nodes);
+            for id in before.keys().filter(|id| !after.contains_key(id)) {
+                tree.nodes.remove(id);
+            }
+            for (id, node) in after.iter().filter(|(id, node)| before.get(id) != Some(node)) {
+                tree.nodes.insert(*id, node.clone());
+            }
+        }
+        tree
+    }
+
+    /// Forgets what came after an operation.
+    pub fn forget_after(&mut self, last: usize) {
+        self.trees.truncate(last + 1);
+        self.by.truncate(last + 1);
+        self.promises.retain(|promise| promise.names <= last);
+        for versions in self.contents.values_mut() {
+            versions.retain(|version| version.operation <= last);
+        }
+        self.contents.retain(|_, versions| !versions.is_empty());
+        self.touched.values_mut().for_each(|touched| touched.all.retain(|n| *n <= last));
+    }
+
+    /// Whether another node changed something later that this operation changed.
+    pub fn is_followed_by_another(&self, operation: usize) -> bool {
+        let others = |n: &usize| *n > operation && self.by[*n] != self.by[operation];
+        self.touched
+            .values()
+            .any(|touched| touched.all.contains(&operation) && touched.all.iter().any(others))
+    }
+
+    /// Whether an operation after `from`, up to `to`, changed the inode.
+    pub fn is_touched(&self, id: Id, from: usize, to: usize) -> bool {
+        self.touches(id).iter().any(|n| from < *n && *n <= to)
+    }
+
+    /// An `fsync` of an inode returned, or an `fdatasync`, which promises no more of names than what concerns the inode; `times` as it was then. Returns the promise's number.
     pub fn synced(&mut self, id: Id, data_only: bool, times: Option<[WallTime; 2]>) -> usize {
         let names = match self.touched.get(&id) {
-            Some(touched) if data_only => touched.but_for_bytes,
+            Some(touched) if data_only => touched.but_for_content,
             Some(touched) => touched.all.last().copied().unwrap_or(0),
             None => 0,
         };
         let contents = self.contents.get(&id).map(|versions| (id, versions.len() - 1)).into_iter().collect();
         let times = times.map(|times| (id, self.last(), times));
-        self.promises.push(Promise { names, contents, times });
+        self.promises.push(Promise { names, node: self.by[names], contents, times });
         self.promises.len() - 1
     }
 
     /// Everything that this node changed is stable, and all content.
     pub fn all_synced(&mut self) -> usize {
         let contents = self.contents.iter().map(|(id, versions)| (*id, versions.len() - 1)).collect();
-        self.promises.push(Promise { names: self.last(), contents, times: None });
+        self.promises.push(Promise { names: self.last(), node: self.node, contents, times: None });
         self.promises.len() - 1
     }
 }

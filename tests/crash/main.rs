@@ -9,12 +9,17 @@
 mod check;
 mod history;
 mod image;
+mod late;
+mod lives;
 mod oracle;
 #[path = "../common/random.rs"]
 #[allow(dead_code, missing_docs, reason = "other tests use the rest")]
 mod random;
 mod record;
 mod replay;
+#[path = "../../mfs/tests/support/mod.rs"]
+#[allow(missing_docs, reason = "it is a module of tests")]
+mod support;
 mod sweep;
 mod user;
 mod workload;
@@ -27,7 +32,7 @@ use sweep::{Settings, Sweep};
 
 /// States in a debug build, which is slow.
 const STATES_DEBUG: u64 = 2000;
-const STATES: u64 = 20_000;
+const STATES: u64 = 40_000;
 
 fn main() -> ExitCode {
     // As the test of a workspace it is given filters that are others'.

@@ -119,13 +119,12 @@ pub fn judge(history: &History, window: Window, seen: &Seen) -> Result<(), Wrong
         ));
     };
     for (id, bytes) in &seen.contents {
-        let versions = history.contents.get(id).ok_or_else(|| format!("file {id:?} was never made"))?;
-        let sizes = judge_content(promises, window, *id, versions, bytes)?;
+        let first = promised_version(promises, *id);
+        let oldest = judge_content(history, first, window.started, *id, bytes)?;
         let attr = &seen.attrs[id];
         if attr.size != bytes.len() as u64 {
             return Err(format!("file {id:?} has {} bytes and says {}", bytes.len(), attr.size));
         }
-        let oldest = sizes.into_iter().min().expect("a judged file has a version");
         if oldest > names_after {
             return Err(format!(
                 "file {id:?} is as after operation {oldest}, names and attributes as after {names_after}"
@@ -135,17 +134,23 @@ pub fn judge(history: &History, window: Window, seen: &Seen) -> Result<(), Wrong
     judge_times(history, promises, window, seen)
 }
 
-/// Returns the operations after which the file may have had this size and content.
-fn judge_content(
-    promises: &[Promise],
-    window: Window,
-    id: Id,
-    versions: &[Version],
-    bytes: &[u8],
-) -> Result<Vec<usize>, Wrong> {
+/// The oldest version of a file that may be there.
+pub fn promised_version(promises: &[Promise], id: Id) -> usize {
     let promised = promises.iter().flat_map(|promise| &promise.contents).filter(|(of, _)| *of == id);
-    let first = promised.map(|(_, version)| *version).max().unwrap_or(0);
-    let begun = versions.iter().take_while(|version| version.operation <= window.started).count();
+    promised.map(|(_, version)| *version).max().unwrap_or(0)
+}
+
+/// Judges content of which the first possible version is known; returns the first operation that may have given the
+/// file this size: bytes in place go to the disk past the journal.
+pub fn judge_content(
+    history: &History,
+    first: usize,
+    started: usize,
+    id: Id,
+    bytes: &[u8],
+) -> Result<usize, Wrong> {
+    let versions = history.contents.get(&id).ok_or_else(|| format!("file {id:?} was never made"))?;
+    let begun = versions.iter().take_while(|version| version.operation <= started).count();
     if begun <= first {
         return Err(format!("file {id:?} is there before it was made"));
     }
@@ -156,24 +161,22 @@ fn judge_content(
         return Err(format!("file {id:?} has {} bytes, and may have {sizes:?}", bytes.len()));
     }
     let mut wrong = 0;
-    let fitting: Vec<usize> = with_size
-        .into_iter()
-        .filter(|&n| {
-            let bad =
-                bytes.chunks(SECTOR).enumerate().find(|(sector, bytes)| !fits(may_be, n, *sector, bytes));
-            wrong = wrong.max(bad.map_or(0, |(sector, _)| sector));
-            bad.is_none()
-        })
-        .map(|n| may_be[n].operation)
-        .collect();
-    if fitting.is_empty() {
-        let (from, to) = (may_be[0].operation, may_be[may_be.len() - 1].operation);
-        return Err(format!(
-            "sector {wrong} of file {id:?} ({} bytes) is of none of its versions after operations {from} to {to}",
-            bytes.len()
-        ));
+    for n in with_size {
+        let mut sectors = bytes.chunks(SECTOR).enumerate();
+        match sectors.find(|(sector, bytes)| !fits(may_be, n, *sector, bytes)) {
+            // It may have been like this before.
+            None => {
+                let same = versions[..begun].iter().filter(|version| *version.bytes == bytes);
+                return Ok(same.map(|version| version.sized).min().unwrap_or(may_be[n].sized));
+            }
+            Some((sector, _)) => wrong = wrong.max(sector),
+        }
     }
-    Ok(fitting)
+    let (from, to) = (may_be[0].operation, may_be[may_be.len() - 1].operation);
+    Err(format!(
+        "sector {wrong} of file {id:?} ({} bytes) is of none of its versions after operations {from} to {to}",
+        bytes.len()
+    ))
 }
 
 /// Whether a sector is that of a version, given that the file's size is the n-th version's.

@@ -4,6 +4,7 @@
 //! between is in nobody's hand. Marks tell what the filesystem's user did meanwhile.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,6 +13,9 @@ use storage_control::{
 };
 
 use crate::image::{Block, Image};
+
+/// What a request usually takes at most, in microseconds.
+const QUICK_US: u64 = 200;
 
 /// What happened at the disk; the place in the log is its sequence number.
 #[derive(Clone, Debug)]
@@ -41,12 +45,15 @@ struct State {
     log: Vec<Event>,
     next: u32,
     writes: u64,
+    under_way: u64,
 }
 
 struct Shared {
     blocks: u64,
     /// Requests take time in this world, so that they overlap.
     world: Option<SimRuntime>,
+    /// One request in eight takes up to so long.
+    longest_us: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -69,11 +76,21 @@ impl Disk {
 
     fn new(image: Image, blocks: u64, world: Option<SimRuntime>) -> Disk {
         let state = Mutex::new(State { image, ..State::default() });
-        Disk { shared: Arc::new(Shared { blocks, world, state }) }
+        Disk { shared: Arc::new(Shared { blocks, world, longest_us: AtomicU64::new(QUICK_US), state }) }
     }
 
     pub fn device(&self) -> Arc<dyn Device> {
         Arc::new(self.clone())
+    }
+
+    /// From now on one request in eight takes up to so long.
+    pub fn stall(&self, longest: Duration) {
+        self.shared.longest_us.store(longest.as_micros() as u64, Relaxed);
+    }
+
+    /// How many requests are under way.
+    pub fn under_way(&self) -> u64 {
+        self.shared.state.lock().under_way
     }
 
     pub fn mark(&self, mark: Mark) {
@@ -105,6 +122,7 @@ impl Disk {
             let mut state = self.shared.state.lock();
             let id = state.next;
             state.next += 1;
+            state.under_way += 1;
             state.log.push(event(id));
             id
         };
@@ -112,6 +130,7 @@ impl Disk {
         let finish = move || {
             let mut state = shared.state.lock();
             work(&mut state.image);
+            state.under_way -= 1;
             state.log.push(Event::Done { id });
         };
         let Some(world) = self.shared.world.clone() else {
@@ -120,7 +139,9 @@ impl Disk {
         };
         // A request goes on even where nobody waits for it.
         let (done, wait) = tokio::sync::oneshot::channel();
-        let time = Duration::from_micros(20 + world.random() % 200);
+        let longest = self.shared.longest_us.load(Relaxed);
+        let most = if world.random().is_multiple_of(8) { longest } else { QUICK_US };
+        let time = Duration::from_micros(20 + world.random() % most);
         let timer = world.sleep(time);
         world.spawn(Box::pin(async move {
             timer.await;

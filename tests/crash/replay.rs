@@ -73,7 +73,9 @@ pub enum Choice {
     Nothing,
     /// The blocks with a bit set.
     These(u32),
-    /// Everything but the last write, whole or torn anywhere: by number.
+    /// Everything but the last block.
+    ButLast,
+    /// Everything, of the last block only its first sectors: drawn.
     LastTorn(u64),
     /// Any part, drawn: blocks, and of some only sectors.
     Any(u64),
@@ -210,8 +212,13 @@ impl Cut {
         } else {
             choices.extend((0..drawn).map(|_| Choice::Any(random.next())));
         }
-        choices.push(Choice::LastTorn(random.next()));
+        choices.extend([Choice::ButLast, Choice::LastTorn(random.next())]);
         choices
+    }
+
+    /// Whether the last write that was asked for is not done, or done and not sure.
+    pub fn is_under_way(&self) -> bool {
+        self.unsure.last().is_some_and(|last| self.last_write.iter().any(|(at, _)| *at == last.at))
     }
 
     /// The disk after the power cut.
@@ -238,11 +245,13 @@ impl Cut {
             Choice::These(bits) if bits >> n & 1 == 1 => Fate::Landed,
             Choice::These(_) => Fate::Lost,
             Choice::LastTorn(_) if !last => Fate::Landed,
+            Choice::ButLast if last => Fate::Lost,
+            Choice::ButLast => Fate::Landed,
             // A disk writes a block's sectors from its first on.
-            Choice::LastTorn(seed) => match Random::new(seed).below(SECTORS.into()) {
-                0 => Fate::Lost,
-                sectors => Fate::Torn((1_u16 << sectors).wrapping_sub(1) as u8),
-            },
+            Choice::LastTorn(seed) => {
+                let sectors = 1 + Random::new(seed).below(u64::from(SECTORS) - 1);
+                Fate::Torn((1_u16 << sectors).wrapping_sub(1) as u8)
+            }
             Choice::Any(seed) => {
                 let mut random = Random::new(seed);
                 // Few or many are there; writes as a whole, or blocks, of which some are torn.

@@ -13,13 +13,19 @@ use parking_lot::Mutex;
 
 use crate::check::{Depth, State, check, cut_mount, cut_recovery};
 use crate::image::seed_of;
+use crate::late::{arrive_late, outlive};
+use crate::lives::live;
 use crate::random::Random;
 use crate::replay::Cut;
-use crate::workload::{Workload, long, pair, singles};
+use crate::workload::{Workload, churn, long, pair, singles};
 use crate::world::{Base, Room, record};
 
 /// Workloads carried out between two looks at the figures.
 const BATCH: u64 = 32;
+/// For so many states one life of a cluster.
+const STATES_PER_LIFE: u64 = 100;
+/// And for so many, one lease that ends, and one workload whose last writes come late.
+const STATES_PER_LATE_WRITE: u64 = 500;
 /// Violations that are printed.
 const PRINTED: usize = 20;
 /// One in so many states is looked at thoroughly, or has its recovery cut.
@@ -49,6 +55,7 @@ const LONG: Density = Density { cuts: 40, drawn: 6 };
 #[derive(Default)]
 struct Figures {
     workloads: u64,
+    lives: u64,
     requests: u64,
     states: u64,
     /// Of those, cuts of a recovery.
@@ -90,6 +97,8 @@ impl Sweep {
             return self.run_case(&case);
         }
         self.workloads("single operations", &self.roomy, singles(seed), SHORT);
+        self.lives();
+        self.late_writes();
         let mut next = 0;
         let enough =
             |figures: &Figures| figures.states >= self.settings.states || !figures.violations.is_empty();
@@ -102,6 +111,8 @@ impl Sweep {
             self.workloads("long runs", &self.roomy, some().map(|n| long("long", seed, n)).collect(), LONG);
             let crowded = some().map(|n| long("crowded", seed, n)).collect();
             self.workloads("long runs with little room", &self.crowded, crowded, LONG);
+            let churns = some().map(|n| churn(seed, n)).collect();
+            self.workloads("churn with little room", &self.crowded, churns, LONG);
         }
     }
 
@@ -114,18 +125,83 @@ impl Sweep {
         };
         let (kind, number) = name.split_once('/').expect("a case is KIND/NUMBER");
         let number: u64 = number.parse().expect("a case has a number");
+        let one = seed ^ number << 32;
+        let alone = match kind {
+            "life" => Some(live(one).map(|life| println!("{life:?}"))),
+            "outlive" => Some(outlive(&self.roomy, one).map(|outlived| println!("{outlived:?}"))),
+            "late" => Some(arrive_late(&self.crowded, one).map(|late| println!("{late:?}"))),
+            _ => None,
+        };
+        if let Some(result) = alone {
+            return result.unwrap_or_else(|error| self.is_wrong(kind, number, error));
+        }
         let (workload, density) = match kind {
             "single" => (singles(seed).swap_remove(number as usize), SHORT),
             "pair" => (pair(seed, number), SHORT),
+            "churn" => (churn(seed, number), LONG),
             "long" | "crowded" => (long(kind, seed, number), LONG),
             other => panic!("there is no kind of workload {other}"),
         };
         for step in &workload.steps {
             println!("{step:?}");
         }
-        let base = if kind == "crowded" { &self.crowded } else { &self.roomy };
+        let base = if matches!(kind, "crowded" | "churn") { &self.crowded } else { &self.roomy };
         let done = cut_workload(base, seed, &workload, density, state);
         self.figures.lock().add(done);
+    }
+
+    /// Deaths of one node among several.
+    fn lives(&self) {
+        let lives = self.settings.states / STATES_PER_LIFE;
+        let (mut lost, mut interrupted) = (0, 0);
+        for n in 0..lives {
+            match live(self.settings.seed ^ n << 32) {
+                Ok(life) => {
+                    lost += life.lost;
+                    interrupted += u64::from(life.interrupted);
+                }
+                Err(error) => self.is_wrong("life", n, error),
+            }
+        }
+        self.figures.lock().lives += lives;
+        println!(
+            "lives of three nodes of which one dies: {lives}, {interrupted} in an operation, {lost} operations lost"
+        );
+    }
+
+    /// Writes of nodes that are not quite dead.
+    fn late_writes(&self) {
+        let times = self.settings.states / STATES_PER_LATE_WRITE;
+        let (mut refused, mut under_way, mut tried, mut damaged) = (0, 0, 0, 0);
+        for n in 0..times {
+            match outlive(&self.roomy, self.settings.seed ^ n << 32) {
+                Ok(outlived) => {
+                    refused += outlived.refused;
+                    under_way += outlived.under_way;
+                }
+                Err(error) => self.is_wrong("outlive", n, error),
+            }
+            match arrive_late(&self.crowded, self.settings.seed ^ n << 32) {
+                Ok((writes, hits)) => {
+                    tried += writes;
+                    damaged += hits;
+                }
+                Err(error) => self.is_wrong("late", n, error),
+            }
+        }
+        println!(
+            "leases that ended: {times}, {refused} requests refused, {under_way} under way at the end and done before recovery"
+        );
+        println!("late writes that nothing refused: {tried}, {damaged} of them did damage");
+        if damaged == 0 && tried > 100 {
+            self.is_wrong("late", 0, "no late write does damage: the test is blind".into());
+        }
+    }
+
+    fn is_wrong(&self, kind: &str, n: u64, error: String) {
+        let seed = self.settings.seed;
+        let again = format!("SEED={seed} MATRIX_CRASH_CASE={kind}/{n} cargo test --release --test crash");
+        self.figures.lock().violations.push(format!("{kind}/{n}: {error}\n  {again}"));
     }
 
     /// Carries these out on all threads.
@@ -152,7 +228,7 @@ impl Sweep {
 
     /// Prints the figures, and how to see each violation again.
     pub fn report(&self, took: Duration) -> ExitCode {
-        let Figures { workloads, requests, states, in_recovery, replays, orphans, violations } =
+        let Figures { workloads, lives, requests, states, in_recovery, replays, orphans, violations } =
             &*self.figures.lock();
         for violation in violations.iter().take(PRINTED) {
             println!("VIOLATION {violation}");
@@ -165,6 +241,7 @@ impl Sweep {
         println!(
             "crash states: {states} ({in_recovery} of them during recovery; {replays} replays wrote, {orphans} orphans freed)"
         );
+        println!("lives of a cluster in which one node dies: {lives}");
         println!("violations: {}", violations.len());
         if violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }

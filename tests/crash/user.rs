@@ -180,7 +180,7 @@ impl User {
             self.close(opened.handle).await?;
             self.fs.forget(attr.ino, 1);
             tree.make(dir, name, id_of(attr), Node::new(Kind::File, FILE_PERM));
-            self.history.new_content(id_of(attr), number, Vec::new());
+            self.history.new_content(id_of(attr), number, Vec::new(), false);
             self.history.touch(number, &[dir, id_of(attr)], false);
         }
         self.history.done(tree);
@@ -302,15 +302,17 @@ impl User {
         bytes.resize(bytes.len().max(offset + data.len()), 0);
         bytes[offset..offset + data.len()].copy_from_slice(data);
         let write = Write { offset: offset as u64, data: data.to_vec(), append, kill_suid: false, sync };
-        let written = agree("write", true, self.fs.write(handle, write).await)?;
-        if let Some(written) = written {
-            if written != data.len() {
-                return Err(format!("{written} of {} bytes were written", data.len()));
-            }
-            self.history.new_content(file, number, bytes);
-            self.history.touch(number, &[file], in_place);
+        let written = agree("write", true, self.fs.write(handle, write).await);
+        // One that failed on its way to the disk may have come there.
+        if written != Ok(None) {
+            self.history.new_content(file, number, bytes, in_place);
+            self.history.touch(number, &[file], true);
         }
         self.history.done(tree);
+        let written = written?;
+        if written.is_some_and(|written| written != data.len()) {
+            return Err(format!("{written:?} of {} bytes were written", data.len()));
+        }
         if sync && written.is_some() {
             (self.mark)(Mark::Stable(self.history.promises.len()));
             self.history.synced(file, false, None);
@@ -335,8 +337,8 @@ impl User {
         let set = SetAttr { size: Some(new), ..SetAttr::default() };
         if agree("truncate", true, self.fs.setattr(Ino(file.0), set).await)?.is_some() {
             bytes.resize(new as usize, 0);
-            self.history.new_content(file, number, bytes);
-            self.history.touch(number, &[file], false);
+            self.history.new_content(file, number, bytes, false);
+            self.history.touch(number, &[file], true);
         }
         self.history.done(tree);
         Ok(vec![file])

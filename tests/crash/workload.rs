@@ -153,6 +153,42 @@ pub fn long(kind: &str, seed: u64, n: u64) -> Workload {
     Workload { name: format!("{kind}/{n}"), steps, wait: *random.pick(&[0, 0, 3, 12]) }
 }
 
+/// The n-th of many runs that free and take blocks all the time, data and metadata, and wait for nothing: for a
+/// filesystem with little room.
+pub fn churn(seed: u64, n: u64) -> Workload {
+    use Operation::*;
+    let mut random = Random::new(seed_of("churn", seed ^ n << 32));
+    let length = 20 + random.below(60);
+    let mut step = || {
+        let slot = Slot::draw(&mut random);
+        let operation = match random.below(16) {
+            0..2 => Create(slot),
+            2..4 => Unlink(slot),
+            4..6 => SetXattr(slot, Size::Large),
+            6..8 => RemoveXattr(slot),
+            8..11 => Shrink(slot),
+            _ => Write(slot, *random.pick(&[Where::Append, Where::Unaligned])),
+        };
+        let after = *random.pick(&[After::Nothing, After::Nothing, After::Fsync, After::Fdatasync]);
+        let size = *random.pick(&[Size::Small, Size::Large]);
+        Step { operation, after, size, draw: random.next() }
+    };
+    let steps = (0..length).map(|_| step()).collect();
+    Workload { name: format!("churn/{n}"), steps, wait: 0 }
+}
+
+/// A step of a life of several nodes: files are not kept open, and waits are short.
+pub fn life_step(random: &mut Random) -> Step {
+    loop {
+        let step = draw_step(random);
+        match step.operation {
+            Operation::Hold(_) | Operation::LetGo => {}
+            Operation::Wait(secs) => return Step { operation: Operation::Wait(secs.min(2)), ..step },
+            _ => return step,
+        }
+    }
+}
+
 fn draw_step(random: &mut Random) -> Step {
     use Operation::*;
     let (slot, other) = (Slot::draw(random), Slot::draw(random));

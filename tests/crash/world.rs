@@ -28,7 +28,7 @@ pub const JOURNALS: u16 = 4;
 /// Names in the second directory that nobody touches: they make a tree of it.
 const FILLERS: usize = 24;
 /// Blocks that users can still have where there is little room.
-const LITTLE_ROOM: u64 = 60;
+const LITTLE_ROOM: u64 = 40;
 /// Longer than anything that a filesystem which is gone still waits for.
 const LONGEST_TIMER: Duration = Duration::from_secs(3);
 
@@ -68,9 +68,17 @@ pub async fn replay(
     Ok(clock)
 }
 
-/// Mounts as the only node; all journals are empty.
+/// Mounts as the only node; no journal is in use.
 pub async fn mount(disk: &Disk, world: &SimRuntime, journal: u16) -> Result<Arc<Filesystem>, FsError> {
-    let device = disk.device();
+    mount_through(disk.device(), world, journal).await
+}
+
+/// The same through what stands before the disk.
+pub async fn mount_through(
+    device: Arc<dyn Device>,
+    world: &SimRuntime,
+    journal: u16,
+) -> Result<Arc<Filesystem>, FsError> {
     let all: Vec<u16> = (0..JOURNALS).collect();
     let clock = replay(&device, world, &all).await?;
     let runtime: Arc<dyn Runtime> = Arc::new(world.clone());
@@ -133,7 +141,7 @@ impl Base {
                 let failed = |error: FsError| error.to_string();
                 while user.fs.statfs().await.map_err(failed)?.available > LITTLE_ROOM {
                     let free = user.fs.statfs().await.map_err(failed)?.available - LITTLE_ROOM;
-                    user.add_ballast(free.min(256)).await?;
+                    user.add_ballast(free.min(4096)).await?;
                 }
             }
             user.unmount().await?;
