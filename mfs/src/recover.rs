@@ -5,9 +5,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
 
 use dlm::Mode;
-use lcl::Scope;
+use lcl::{Guard, Scope};
 use storage_control::BlockAddr;
 
 use crate::background::Background;
@@ -25,6 +26,10 @@ use crate::orphan::{self, Orphan, OrphanKind, Table};
 pub(crate) fn orphan_root(journal_start: BlockAddr) -> BlockAddr {
     BlockAddr(journal_start.0 + 2)
 }
+
+/// How often, and after what time again, an orphan table that is in use is asked for.
+const ADOPT_TRIES: u32 = 20;
+const ADOPT_AGAIN: Duration = Duration::from_millis(500);
 
 impl Filesystem {
     /// An inode of this node lost its last name.
@@ -50,7 +55,7 @@ impl Filesystem {
         if journal == self.journal {
             return Ok(0);
         }
-        let guard = self.lock(LockName::Orphans(journal), Mode::EX, Scope::Server).await?;
+        let Some(guard) = self.free_table(journal).await? else { return Ok(0) };
         // Read anew: the journal may have been made after this node mounted.
         let (superblock, _) = Superblock::read(&*self.device, self.geometry.fs_start).await?;
         let start = superblock.journal(journal).ok_or(FsError::Invalid)?;
@@ -64,6 +69,21 @@ impl Filesystem {
             self.process_later(stop.clone(), table.clone(), *orphan, guard.clone());
         }
         Ok(orphans.len())
+    }
+
+    /// The lock of an orphan table that nobody uses. `None`: somebody does, who keeps it until he unmounts and looks after
+    /// it himself; it must not be waited for, since this node could not leave before him.
+    async fn free_table(&self, journal: u16) -> Result<Option<Guard>> {
+        for _ in 0..ADOPT_TRIES {
+            if let Some(guard) = self.try_lock(LockName::Orphans(journal), Mode::EX, Scope::Server).await? {
+                return Ok(Some(guard));
+            }
+            // Perhaps its shard is still being put together.
+            if self.background.unless_stopped(self.runtime.sleep(ADOPT_AGAIN)).await.is_none() {
+                break;
+            }
+        }
+        Ok(None)
     }
 
     /// The owner of an adopted table is back and wants it.

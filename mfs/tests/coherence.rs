@@ -14,7 +14,7 @@ use support::cluster::{Cluster, Node};
 use support::model::{Model, Op, op};
 use tokio::sync::Semaphore;
 
-use support::{Bed, ME, Short, errno, on_nodes, pattern, seeds};
+use support::{Bed, ME, Short, errno, on_nodes, pattern, run_with_journals, seeds};
 
 fn on_three_nodes<F: Future<Output = ()> + Send + 'static>(
     seed: u64,
@@ -420,4 +420,17 @@ impl Fill {
             Err(error) => assert!([libc::ENOENT, libc::ENOSPC].contains(&error.errno()), "{error}"),
         }
     }
+}
+
+/// Found by the simulation (tests/sim, SEED=30): the ADM looked after the orphans of a journal that another node had just
+/// taken into use, waited for its table until that node would unmount, and could not unmount itself before.
+#[test]
+fn who_adopts_orphans_does_not_wait_for_a_table_in_use() {
+    run_with_journals(1, 16_384, 2, |bed| async move {
+        let (cluster, nodes) = Cluster::start(&bed, 2).await;
+        assert_eq!(nodes[0].fs.adopt(1).await.unwrap(), 0);
+        let [first, second] = nodes.try_into().ok().expect("two nodes");
+        cluster.leave(first).await;
+        cluster.stop(vec![second]).await;
+    });
 }

@@ -52,21 +52,14 @@ fn lives(seeds: std::ops::Range<u64>) -> Vec<Life> {
     lived.into_inner().expect("no panic under it")
 }
 
-/// What CI lives: about one life in fifteen still ends in a finding that is not explained (below, and in README.md).
-const KNOWN_GOOD: std::ops::Range<u64> = 3..17;
+/// What CI lives. Of the seeds 1 to 100 one ends in a finding that is not explained (below, and in README.md).
+const KNOWN_GOOD: std::ops::Range<u64> = 1..61;
 
-/// OPEN: it is not known yet whether these are faults of Matrix or of the simulation. `cargo test --release --test sim --
-/// --ignored` shows them.
+/// OPEN: it is not known yet whether this is a fault of Matrix or of the simulation.
 #[test]
-#[ignore = "an open finding: unmounting never ends"]
-fn open_finding_an_unmount_that_never_ends() {
-    lives(1..2);
-}
-
-#[test]
-#[ignore = "an open finding: a dinode's block is of another kind after two power cuts"]
-fn open_finding_a_corrupt_tree_after_power_cuts() {
-    lives(2..3);
+#[ignore = "an open finding: a metadata block is leaked after a power cut"]
+fn open_finding_a_leaked_block_after_a_power_cut() {
+    lives(68..69);
 }
 
 #[test]

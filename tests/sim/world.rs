@@ -510,7 +510,22 @@ impl World {
         tokio::select! {
             biased;
             done = work => done,
-            () = self.runtime.sleep(PROGRESS_WITHIN) => self.fail(&format!("it never ends: {what}")),
+            () = self.runtime.sleep(PROGRESS_WITHIN) => {
+                self.note_locks();
+                self.fail(&format!("it never ends: {what}"))
+            }
+        }
+    }
+
+    /// Locks in use, on their way or waited for.
+    fn note_locks(&self) {
+        for (n, daemon) in self.daemons.lock().iter() {
+            for lock in daemon.lcl.snapshot().cached {
+                let quiet = lock.users.is_empty() && lock.waiters.is_empty() && lock.asking.is_none();
+                if !quiet || lock.phase != lcl::Phase::Open {
+                    self.note(format!("n{n} {:?} {lock:?}", LockName::from_resource(&lock.res)));
+                }
+            }
         }
     }
 
