@@ -152,7 +152,8 @@ pub enum Output {
         /// Its incarnation.
         incarnation: Incarnation,
     },
-    /// Replay this journal. The register already says that its owner is fenced, and names this node.
+    /// Replay this journal. The register already says that its owner is fenced, and names this node. Comes only when the
+    /// one before is answered.
     Replay {
         /// Whose it was.
         node: NodeId,

@@ -461,8 +461,13 @@ impl Membership {
         }
     }
 
-    /// Begins the replays that the register gives to this node.
+    /// Begins the replays that the register gives to this node, one after the other: two journals may hold the same
+    /// block where the device lost what was not flushed, and of two at once that both find an older version on the disk
+    /// the older could be written last.
     fn replay_assigned(&mut self, view: &View) {
+        if self.replays.values().any(|work| *work == Work::UnderWay) {
+            return;
+        }
         for recovery in &view.recoveries {
             let who = (recovery.node, recovery.incarnation);
             let mine = recovery.replayer == Some(self.who()) && recovery.state == FenceState::FencedDirty;
@@ -470,6 +475,7 @@ impl Membership {
             if mine && !recovery.failed && !self.replays.contains_key(&who) {
                 self.replays.insert(who, Work::UnderWay);
                 self.out.push_back(Output::Replay { node: who.0, incarnation: who.1, journal });
+                return;
             }
         }
     }

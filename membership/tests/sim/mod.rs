@@ -668,7 +668,11 @@ impl World {
                     let rival = rival.who;
                     self.fail(&format!("{who:?} and {rival:?} replay {victim:?} at once"));
                 }
-                self.nodes.get_mut(&who.0).expect("a running node").replaying.insert(victim);
+                let replaying = &mut self.nodes.get_mut(&who.0).expect("a running node").replaying;
+                if !replaying.is_empty() {
+                    self.fail(&format!("{who:?} replays two journals at once"));
+                }
+                replaying.insert(victim);
                 self.after(delay * 20, Event::ReplayEnds { by: who, victim });
             }
             Output::MakeJournal { index } => {

@@ -2,7 +2,8 @@
 //! version, then void the journal by raising its epoch.
 //!
 //! Barriers, in this order: flush, read, write in place, flush, new epoch (stable). A crash between any two leaves a
-//! journal that replays to the same result. A bad checksum is read again after a pause before it is believed: a
+//! journal that replays to the same result. Who replays several journals does so one after the other: where the device
+//! lost what was not flushed, two of them may hold the same block newer than the disk has it. A bad checksum is read again after a pause before it is believed: a
 //! live node may be writing the block.
 
 use std::{
