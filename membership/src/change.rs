@@ -129,6 +129,11 @@ impl View {
         self.recoveries.retain(|r| !(r.node == node && r.incarnation == incarnation));
     }
 
+    /// Journals that could not be replayed are to be tried again: the device may have been away from who tried.
+    pub(crate) fn replay_again(&mut self) {
+        self.recoveries.iter_mut().for_each(|recovery| recovery.failed = false);
+    }
+
     /// The replay of its journal failed; the recovery stays open.
     pub(crate) fn recovery_failed(&mut self, node: NodeId, incarnation: Incarnation) {
         for recovery in &mut self.recoveries {

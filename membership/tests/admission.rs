@@ -336,3 +336,30 @@ fn a_former_gives_up_where_a_journal_cannot_be_replayed() {
     assert!(story.wants(|o| matches!(o, Output::CloseGate(CloseReason::Unrecoverable { journal: 0, .. }))));
     assert!(story.register.1.members.is_empty());
 }
+
+/// Found by tests/sim (SEED=886): the disk was away while a former replayed, and no node could ever mount again.
+#[test]
+fn the_next_former_tries_a_failed_replay_again() {
+    let mut story = Story::formed(1);
+    let mut view = View::clone(&story.register.1);
+    view.past.insert(NodeId(ME), Incarnation(1));
+    for incarnation in 2..4 {
+        story = Story {
+            core: Membership::new(applicant(ME, incarnation), SLOTS, Instant(0)),
+            ..Story::outside(view.clone())
+        };
+        story.give(Input::Tick);
+        let mut fenced = 0;
+        while let Some(Output::Fence { node, incarnation }) =
+            story.outputs.iter().filter(|o| matches!(o, Output::Fence { .. })).nth(fenced).cloned()
+        {
+            fenced += 1;
+            story.give(Input::FenceDone { node, incarnation, result: Ok(()) });
+        }
+        assert!(story.wants(|o| matches!(o, Output::Replay { journal: 0, .. })), "start {incarnation}");
+        let result = Err(String::from("the device is away"));
+        story.give(Input::ReplayDone { node: NodeId(ME), incarnation: Incarnation(1), result });
+        view = View::clone(&story.register.1);
+        assert!(view.recoveries.iter().any(|recovery| recovery.failed));
+    }
+}

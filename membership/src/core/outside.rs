@@ -40,7 +40,8 @@ impl Membership {
         }
     }
 
-    /// Nobody is alive: everybody who was there goes to recovery, and this node is the one to do it.
+    /// Nobody is alive: everybody who was there goes to recovery, and this node is the one to do it. What could not be
+    /// replayed before is tried again, or a device that was away once would be lost for good.
     fn take_over(&mut self, view: &View, former: Option<Candidate>) {
         let mut next = view.clone();
         let members: std::collections::BTreeSet<NodeId> = next.members.keys().copied().collect();
@@ -51,6 +52,7 @@ impl Membership {
         if !members.is_empty() {
             next.next_generation();
         }
+        next.replay_again();
         next.nominate(self.me.node, self.me.incarnation);
         self.write(next);
     }
