@@ -171,7 +171,7 @@ pub(crate) async fn start(host: Host, path: Path, net: Net, name: String) -> Res
     let wire = Arc::new(SimWire { net: net.clone(), me });
     let lcl = Lcl::new(me.0, me.1, Arc::clone(&runtime), wire, lcl::Config::default());
     let (events, inbox) = unbounded_channel();
-    net.enter(me, host, events.clone());
+    net.enter(me, host, events.clone(), Arc::clone(&clock));
     let seen: Arc<Mutex<Watch>> = Arc::default();
     let expiry = LeaseExpiry::new(area.clone(), Arc::clone(&seen), times, Arc::clone(&runtime));
     let (progress, watched) = watch::channel(Progress::Joining);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use dlm::Message as LockMessage;
 use membership::{Input, Message};
 use parking_lot::Mutex;
-use storage_control::{Generation, Incarnation, Instant, NodeId, Runtime, SimRuntime};
+use storage_control::{Clock, Generation, Incarnation, Instant, LamportClock, NodeId, Runtime, SimRuntime};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::daemon::Event;
@@ -30,6 +30,8 @@ pub(crate) enum Frame {
 pub(crate) struct End {
     pub(crate) host: Host,
     pub(crate) events: UnboundedSender<Event>,
+    /// Every frame carries its sender's: what a lock protects has a later version under its next holder.
+    clock: Arc<LamportClock>,
     /// Whom it wants to be connected with.
     pub(crate) peers: BTreeSet<Who>,
     /// Whose keys it accepts.
@@ -44,7 +46,7 @@ struct Link {
     ends: [Who; 2],
     number: u64,
     /// Frames on their way, by sender.
-    flying: BTreeMap<Who, VecDeque<Frame>>,
+    flying: BTreeMap<Who, VecDeque<(Clock, Frame)>>,
     /// Since when a direction has been cut.
     stuck: Option<Instant>,
 }
@@ -79,10 +81,17 @@ impl Net {
         Net { world: world.clone(), state: Arc::default() }
     }
 
-    pub(crate) fn enter(&self, who: Who, host: Host, events: UnboundedSender<Event>) {
+    pub(crate) fn enter(
+        &self,
+        who: Who,
+        host: Host,
+        events: UnboundedSender<Event>,
+        clock: Arc<LamportClock>,
+    ) {
         let end = End {
             host,
             events,
+            clock,
             peers: BTreeSet::new(),
             trusted: BTreeSet::new(),
             queues: BTreeMap::new(),
@@ -147,8 +156,9 @@ impl Net {
 
     fn fly(&self, state: &mut State, from: Who, to: NodeId, frame: Frame) {
         let key = pair(from.0, to);
+        let Some(clock) = state.ends.get(&from).map(|end| end.clock.now()) else { return };
         let Some(link) = state.links.get_mut(&key) else { return };
-        link.flying.entry(from).or_default().push_back(frame);
+        link.flying.entry(from).or_default().push_back((clock, frame));
         let number = link.number;
         let (net, delay) = (self.clone(), Duration::from_micros(20 + self.world.random() % 400));
         self.world.spawn(Box::pin(async move {
@@ -163,9 +173,10 @@ impl Net {
     fn arrive(&self, key: (NodeId, NodeId), number: u64, from: Who) {
         let mut state = self.state.lock();
         let Some(link) = state.links.get_mut(&key).filter(|link| link.number == number) else { return };
-        let Some(frame) = link.flying.get_mut(&from).and_then(VecDeque::pop_front) else { return };
+        let Some((clock, frame)) = link.flying.get_mut(&from).and_then(VecDeque::pop_front) else { return };
         let to = if link.ends[0] == from { link.ends[1] } else { link.ends[0] };
         if let Some(end) = state.ends.get(&to) {
+            end.clock.receive(clock).expect("no clock comes near its end");
             let _ = end.events.send(Event::Frame(from, frame));
         }
     }

@@ -254,7 +254,12 @@ impl World {
             }
             self.runtime.sleep(Duration::from_millis(50)).await;
         }
-        self.note(format!("n{n} is over"));
+        let why = match &*daemon.progress.borrow() {
+            daemon::Progress::Over(why) => why.clone(),
+            daemon::Progress::Left => String::from("it has left"),
+            daemon::Progress::Joining | daemon::Progress::Mounted(_) => String::from("its host died"),
+        };
+        self.note(format!("n{n} is over: {why}"));
     }
 
     fn program(&self, n: u16, host: &Host, fs: Arc<mfs::Filesystem>) -> Program {
